@@ -19,8 +19,6 @@ compute the same. `python matching_kernels.py` times both, and reports what the 
             (mirrored left-right after the cut)
     match   for a student patch: the index of its teacher patch, and a weight 0 or 1
 """
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -121,9 +119,11 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     V, B, Ns, K = student_logits.shape
     Q, _, Nt, _ = teacher_logits.shape
     if _use_triton(impl, student_logits):
-        rows = _Rows(V, Q, B, Ns, K, Nt, student_temp, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge,
-                     index, skip_same_view)
-        return _run(_LocalCrossEntropy, student_logits, teacher_logits.detach(), center.detach(), teacher_temp, rows)
+        student = student_logits.contiguous()
+        pairs = [_run(_LocalCrossEntropy, student, teacher_logits[q:q + 2].detach(), center.detach(), teacher_temp,
+                      _how(Ns, Nt, q, student_temp, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge,
+                           index, skip_same_view)) for q in range(0, Q, 2)]
+        return sum(pairs[1:], pairs[0])
     if student_boxes is not None:
         index, weight = geometric_matches(student_boxes[:, None], teacher_boxes[None], student_grid, teacher_grid,
                                           hinge)
@@ -192,11 +192,10 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
 
     with torch.autocast(student_z.device.type, enabled=False):              # the precision is chosen here
         if fused:
-            chunks = [(start, _Rows(V, Q, min(step, B - start), Ns, K, Nt, student_temp, **which(start)))
-                      for start in range(0, B, step)]
             wanted = torch.is_grad_enabled() and (student_z.requires_grad or student_weight.requires_grad)
             return _run(_HeadCrossEntropy, student_z, student_weight, teacher_z.detach(), teacher_weight.detach(),
-                        center.detach(), teacher_temp, chunks, wanted)
+                        center.detach(), teacher_temp, step,
+                        lambda start, q: _how(Ns, Nt, q, student_temp, **which(start)), wanted)
         if step >= B:
             return chunk_loss(student_z, student_weight, 0) if B else student_z.float().sum() * 0
         return sum(checkpoint(chunk_loss, images(student_z, start), student_weight, start, use_reentrant=False,
@@ -280,14 +279,6 @@ if triton is not None:
         return tl.load(ROW + cols, mask=mask, other=other).to(tl.float32)
 
     @triton.jit
-    def _put(ROW, cols, x, K, EVEN: tl.constexpr):
-        """Store a tile of a row, in the row's type."""
-        if EVEN:
-            tl.store(ROW + cols, x.to(ROW.dtype.element_ty))
-        else:
-            tl.store(ROW + cols, x.to(ROW.dtype.element_ty), mask=cols < K)
-
-    @triton.jit
     def _add_exp2(peak, total, x, scale):
         """Take x * scale, x (G, 8), into a running log-sum-exp per group: total * 2^peak, both (G,)."""
         top = tl.maximum(peak, tl.max(x, axis=1) * scale)
@@ -302,8 +293,9 @@ if triton is not None:
         return safe + tl.log2(tl.sum(total * tl.exp2(peak - safe), axis=0))
 
     @triton.jit
-    def _teacher_kernel(T, CENTER, P, K, scale, UNIT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-        """One teacher row: P = UNIT * softmax((T - CENTER) * temperature). P may be T itself."""
+    def _teacher_kernel(T, CENTER, P, K, scale, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+        """One teacher row: P = UNIT * softmax((T - CENTER) / temperature). P may be T itself."""
+        UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         start = tl.program_id(0).to(tl.int64) * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
         peak = tl.full([BLOCK // 8], float("-inf"), tl.float32)
@@ -314,7 +306,7 @@ if triton is not None:
         lse = _log2_sum(peak, total)
         for k in range(0, K, BLOCK):
             x = _tile(T + start, k + tile, K, float("-inf"), EVEN) - _tile(CENTER, k + tile, K, 0.0, EVEN)
-            _put(P + start, k + tile, tl.exp2(x * scale - lse) * UNIT, K, EVEN)
+            tl.store(P + start + (k + tile), tl.exp2(x * scale - lse) * UNIT, mask=None if EVEN else k + tile < K)
 
     @triton.jit
     def _nearest_cell(cell, s_start, s_size, s_cells, t_start, t_size, t_cells):
@@ -349,11 +341,11 @@ if triton is not None:
         return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), matched
 
     @triton.jit
-    def _student_kernel(S, P, MATCH, LOSS, LSE, UPSTREAM, DS, V, B, K, scale, Q: tl.constexpr, S_ROWS: tl.constexpr,
+    def _student_kernel(S, P, LOSS, LSE, UPSTREAM, DS, V, B, K, scale, MATCH, S_ROWS: tl.constexpr,
                         S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, MODE: tl.constexpr,
-                        SKIP: tl.constexpr, UNIT: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-                        EVEN: tl.constexpr, BLOCK: tl.constexpr):
-        """One student row: FORWARD writes LOSS and LSE, BACKWARD writes DS; DS may be S itself."""
+                        SKIP: tl.constexpr, Q: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+        """One student row: writes LOSS and LSE where there is a LOSS, and DS where there is one; DS may be S itself."""
+        UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         per_image = V * S_ROWS * S_COLS
         b, rest = tl.program_id(0) // per_image, tl.program_id(0) % per_image
         v, n = rest // (S_ROWS * S_COLS), rest % (S_ROWS * S_COLS)
@@ -367,13 +359,12 @@ if triton is not None:
         S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
-        lse = 0.0
-        if FORWARD:
-            peak = tl.full([BLOCK // 8], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK // 8], tl.float32)
-            mass = tl.zeros([BLOCK // 8, 8], tl.float32)
-            dot = tl.zeros([BLOCK // 8, 8], tl.float32)
-            for k in range(0, end, BLOCK):        # a row without a match reads nothing
+        if LOSS is None:
+            lse = tl.load(LSE + row)
+        else:
+            peak, total = tl.full([BLOCK // 8], float("-inf"), tl.float32), tl.zeros([BLOCK // 8], tl.float32)
+            mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
+            for k in range(0, end, BLOCK):                              # a row without a match reads nothing
                 s = _tile(S, k + tile, end, float("-inf"), EVEN)
                 p = _tile(P0, k + tile, end0, 0.0, EVEN)
                 if Q == 2:
@@ -382,14 +373,10 @@ if triton is not None:
                 mass += p
                 dot += p * tl.where(p == 0, 0.0, s)                     # 0 * -inf would be NaN
             lse = tl.where(any_match, _log2_sum(peak, total), 0.0)
-            mass_sum = tl.sum(tl.sum(mass, axis=1), axis=0)
-            dot_sum = tl.sum(tl.sum(dot, axis=1), axis=0)
-            loss = (lse * mass_sum - scale * dot_sum) * (0.6931471805599453 / UNIT)
+            loss = tl.sum(tl.sum(lse * mass - scale * dot, axis=1), axis=0) * (0.6931471805599453 / UNIT)
             tl.store(LOSS + row, tl.where(any_match, loss, 0.0))
             tl.store(LSE + row, lse)
-        if BACKWARD:
-            if not FORWARD:
-                lse = tl.load(LSE + row)
+        if DS is not None:
             factor = tl.load(UPSTREAM) * scale * 0.6931471805599453 / (B * S_ROWS * S_COLS)
             weight = matched0.to(tl.float32) + matched1.to(tl.float32)
             for k in range(0, K, BLOCK):
@@ -398,7 +385,7 @@ if triton is not None:
                 if Q == 2:
                     p += _tile(P1, k + tile, end1, 0.0, EVEN)
                 ds = factor * (weight * tl.exp2(s * scale - lse) - p * (1.0 / UNIT))
-                _put(DS + row * K, k + tile, ds, K, EVEN)
+                tl.store(DS + row * K + (k + tile), ds, mask=None if EVEN else k + tile < K)
 
     INTERPRETED = not isinstance(_student_kernel, triton.runtime.JITFunction)
 
@@ -408,53 +395,40 @@ BLOCK = 2048                        # elements of a tile: 8, or 16 bytes of 16-b
 LAUNCH = dict(num_warps=8, enable_fp_fusion=True)      # fixed, no autotuning; multiply-adds fused in any Triton
 
 
-def _guard(tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _teacher_probabilities(logits, center, temp, in_place=False):
     """Launch `_teacher_kernel` on logits (Q, B, Nt, K): probabilities in float32, or times 2^14 in float16."""
     logits, K = logits.contiguous(), logits.shape[-1]
-    narrow = logits.element_size() == 2
-    out = logits if in_place else torch.empty_like(logits, dtype=torch.float16 if narrow else torch.float32)
+    dtype = torch.float16 if logits.element_size() == 2 else torch.float32
+    out = logits if in_place else torch.empty_like(logits, dtype=dtype)
     if out.numel():
-        with _guard(logits):
-            _teacher_kernel[(logits.numel() // K,)](logits, center.float().contiguous(), out, K, LOG2_E / float(temp),
-                                                    UNIT=_unit(out), EVEN=K % BLOCK == 0, BLOCK=BLOCK, **LAUNCH)
+        with torch.cuda.device_of(out):
+            _teacher_kernel[(out.numel() // K,)](logits, center.float().contiguous(), out, K, LOG2_E / float(temp),
+                                                 EVEN=K % BLOCK == 0, BLOCK=BLOCK, **LAUNCH)
     return out
 
 
-def _unit(probabilities):
-    return 1.0 if probabilities.dtype == torch.float32 else 16384.0
+def _how(Ns, Nt, q, student_temp, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge, index,
+         skip_same_view):
+    """`_student_kernel`'s arguments scale to SKIP for the teacher views q, q + 1; copies: a backward may come late."""
+    match, grids, mode = None, (Ns, 1, Nt, 1), "single"
+    if index is not None:
+        match, mode = index[:, q:q + 2].clone(memory_format=torch.contiguous_format), "index"
+    elif student_boxes is not None:
+        match = torch.cat([student_boxes, teacher_boxes[q:q + 2]]).float()
+        grids, mode = (*student_grid, *teacher_grid), "hinge" if hinge else "nearest"
+    return LOG2_E / float(student_temp), match, *grids, mode, q if skip_same_view else -1
 
 
-class _Rows:
-    """Which rows match, and the launches of `_student_kernel` for them; teacher views go two at a time."""
-
-    def __init__(self, V, Q, B, Ns, K, Nt, student_temp, student_boxes, teacher_boxes, student_grid, teacher_grid,
-                 hinge, index, skip_same_view):
-        self.V, self.B, self.K, self.scale, self.skip = V, B, K, LOG2_E / float(student_temp), skip_same_view
-        self.mode, self.grids, self.per_view = "single", (Ns, 1, Nt, 1), max(1, B * Ns)
-        self.matches = [None] * Q                                       # copies: the backward may come much later
-        if index is not None:
-            self.mode, self.matches = "index", [index[:, q:q + 2].clone(memory_format=torch.contiguous_format)
-                                                for q in range(0, Q, 2)]
-        elif student_boxes is not None:
-            self.mode, self.grids = "hinge" if hinge else "nearest", (*student_grid, *teacher_grid)
-            self.matches = [torch.cat([student_boxes, teacher_boxes[q:q + 2]]).float() for q in range(0, Q, 2)]
-
-    def launch(self, s, probabilities, loss=None, lse=None, ds=None, upstream=None):
-        """Per pair of teacher views q, q + 1; `loss` and `lse` (pairs, rows), `ds` a list of one tensor per pair."""
-        rows = s.numel() // self.K
-        for i in range(len(lse) if rows else 0):
-            p = probabilities[2 * i:2 * i + 2]
-            match = p if self.matches[i] is None else self.matches[i]   # any pointer will do where none is needed
-            with _guard(s):
-                _student_kernel[(rows,)](
-                    s, p, match, lse[i] if loss is None else loss[i], lse[i], lse[i] if upstream is None else upstream,
-                    s if ds is None else ds[i], self.V, self.B, self.K, self.scale, len(p), *self.grids, self.mode,
-                    2 * i if self.skip else -1, _unit(p), FORWARD=loss is not None, BACKWARD=ds is not None,
-                    EVEN=self.K % BLOCK == 0, BLOCK=BLOCK, **LAUNCH)
+def _student_rows(s, p, how, lse=None, ds=None, upstream=None):
+    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K): loss and lse, unless lse is given; ds if given."""
+    (V, B, Ns, K), loss = s.shape, None
+    if lse is None:
+        loss, lse = s.new_empty(2, V, B, Ns, dtype=torch.float32)
+    if lse.numel():
+        with torch.cuda.device_of(s):
+            _student_kernel[(lse.numel(),)](s, p, loss, lse, upstream, ds, V, B, K, *how, Q=len(p),
+                                            EVEN=K % BLOCK == 0, BLOCK=BLOCK, **LAUNCH)
+    return loss, lse
 
 
 @torch.compiler.disable                 # torch.compile breaks its graph here and changes nothing
@@ -466,62 +440,56 @@ class _LocalCrossEntropy(torch.autograd.Function):
     """Forward and backward are a launch each; nothing of the caller's is written to, so backward may run again."""
 
     @staticmethod
-    def forward(ctx, student, teacher, center, teacher_temp, rows):
-        student = student.contiguous()
+    def forward(ctx, student, teacher, center, teacher_temp, how):
         p = _teacher_probabilities(teacher, center, teacher_temp)
-        loss, lse = student.new_empty(2, -(-len(p) // 2), student.numel() // rows.K, dtype=torch.float32)
-        rows.launch(student, p, loss, lse)
+        loss, lse = _student_rows(student, p, how)
         ctx.save_for_backward(student, p, lse)
-        ctx.rows = rows
-        return loss.sum() / rows.per_view
+        ctx.how = how
+        return loss.sum() / max(1, student.shape[1] * student.shape[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         student, p, lse = ctx.saved_tensors
-        ds = [torch.empty_like(student) for _ in lse]
-        ctx.rows.launch(student, p, None, lse, ds, upstream.float().reshape(1).contiguous())
-        return sum(ds[1:], ds[0]), None, None, None, None
+        ds = torch.empty_like(student)
+        _student_rows(student, p, ctx.how, lse, ds, upstream.float())
+        return ds, None, None, None, None
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Logits, loss and gradient of a few images at a time, all in one private buffer; the backward only scales."""
 
     @staticmethod
-    def forward(ctx, student_z, student_weight, teacher_z, teacher_weight, center, teacher_temp, chunks, needs_grad):
+    def forward(ctx, student_z, student_weight, teacher_z, teacher_weight, center, teacher_temp, step, how, needs_grad):
         logit_type, grad_type = (torch.float16, torch.bfloat16) if student_z.is_cuda else (torch.float32, torch.float32)
-        weights = [w.detach().to(logit_type) for w in (student_weight, teacher_weight)]
+        (_, B, Ns, _), (K, D) = student_z.shape, student_weight.shape
+        weights = [w.to(logit_type) for w in (student_weight, teacher_weight)]
         grad_weight = weights[0].to(grad_type)
-        K, D = student_weight.shape
-        dz = torch.zeros_like(student_z, dtype=torch.float32) if needs_grad else None
-        dw = torch.zeros(K, D, dtype=torch.float32, device=student_z.device) if needs_grad else None
-        images = max((rows.B for _, rows in chunks), default=0)
-        per_image = [z.shape[0] * z.shape[2] * K for z in (student_z, teacher_z)]
-        buffers = [torch.empty(images * n, dtype=logit_type, device=student_z.device) for n in per_image]
+        buffers = [w.new_empty(z.shape[0] * step * z.shape[2], K) for z, w in zip((student_z, teacher_z), weights)]
+        grads = [torch.zeros_like(x, dtype=torch.float32) if needs_grad else None for x in (student_z, student_weight)]
         one, total = torch.ones(1, device=student_z.device), torch.zeros((), device=student_z.device)
-        for start, rows in chunks:
-            zs = [z[:, start:start + rows.B].to(logit_type) for z in (student_z, teacher_z)]
-            s, t = (torch.mm(z.reshape(-1, D), w.T, out=buffer[:rows.B * n].view(-1, K)).view(*z.shape[:3], K)
-                    for z, w, buffer, n in zip(zs, weights, buffers, per_image))
-            p = _teacher_probabilities(t, center, teacher_temp, in_place=True)
-            loss, lse = s.new_empty(2, -(-len(p) // 2), s.numel() // K, dtype=torch.float32)
-            # the last launch may write over the logits; with more than two teacher views the earlier ones may not
-            ds = [torch.empty_like(s, dtype=grad_type) for _ in lse[1:]] + [s.view(grad_type)] if needs_grad else None
-            rows.launch(s, p, loss, lse, ds, one)
-            share = rows.B / student_z.shape[1]
-            total += share * loss.sum() / rows.per_view
-            for d in ds or ():
-                d = d.view(-1, K)
-                dz[:, start:start + rows.B].add_((d @ grad_weight).view(zs[0].shape), alpha=share)
-                dw.add_(d.T @ zs[0].reshape(-1, D).to(grad_type), alpha=share)
-        ctx.save_for_backward(dz, dw)
+        for start in range(0, B, step):
+            zs = [z[:, start:start + step].to(logit_type) for z in (student_z, teacher_z)]
+            s, t = (torch.mm(z.reshape(-1, D), w.T, out=buffer[:z.numel() // D]).view(*z.shape[:3], K)
+                    for z, w, buffer in zip(zs, weights, buffers))
+            pairs = _teacher_probabilities(t, center, teacher_temp, in_place=True).split(2)
+            for i, p in enumerate(pairs):
+                # the last launch may write over the logits; with more than two teacher views the earlier ones may not
+                own = s.view(grad_type) if i == len(pairs) - 1 else torch.empty_like(s, dtype=grad_type)
+                loss, _ = _student_rows(s, p, how(start, 2 * i), ds=own if needs_grad else None, upstream=one)
+                total += loss.sum() / max(1, B * Ns)
+                if needs_grad:
+                    d, share = own.view(-1, K), s.shape[1] / B
+                    grads[0][:, start:start + step].add_((d @ grad_weight).view(zs[0].shape), alpha=share)
+                    grads[1].add_(d.T @ zs[0].reshape(-1, D).to(grad_type), alpha=share)
+        ctx.save_for_backward(*grads)
         ctx.types = student_z.dtype, student_weight.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        return *((g * upstream).to(t) for g, t in zip(ctx.saved_tensors, ctx.types)), *[None] * 6
+        return *((g * upstream).to(t) for g, t in zip(ctx.saved_tensors, ctx.types)), *[None] * 7
 
 
 # ------------------------------------------------------------------------------------------------ benchmark
@@ -545,10 +513,11 @@ CAN_REPORT = triton is not None and tuple(map(int, triton.__version__.split(".")
 def _compile(part, target, logits="fp16", **changes):
     """A kernel as launched at K = 65536, for a GPU that need not be here. part: teacher, forward, backward or both."""
     kernel = _teacher_kernel if part == "teacher" else _student_kernel
-    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, UNIT=16384.0, EVEN=True,
-                     BLOCK=BLOCK, FORWARD=part != "backward", BACKWARD=part != "forward") | changes
-    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-    kinds = dict(S=f"*{logits}", T=f"*{logits}", DS=f"*{logits}", P="*fp16", V="i32", B="i32", K="i32", scale="fp32")
+    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, EVEN=True,
+                     BLOCK=BLOCK) | dict.fromkeys({"forward": ("UPSTREAM", "DS"), "backward": ("LOSS",)}.get(part, ()))
+    constants = {name: value for name, value in (constants | changes).items() if name in kernel.arg_names}
+    kinds = dict(S=f"*{logits}", T=f"*{logits}", DS=f"*{logits}", P="*fp32" if logits == "fp32" else "*fp16",
+                 V="i32", B="i32", K="i32", scale="fp32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
                if signature[name].startswith("*") or name == "K" and constants["EVEN"]}
