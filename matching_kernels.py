@@ -45,12 +45,11 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     Raises: ValueError where a last dimension is not 5 or a grid is not two positive integers.
     Source: the official code's nearest pixel-position map, in closed form.
     """
-    for name, boxes in (("student_boxes", student_boxes), ("teacher_boxes", teacher_boxes)):
-        if boxes.ndim < 1 or boxes.shape[-1] != 5:
-            raise ValueError(f"{name} must be (..., 5): top, left, height, width, flip; got {tuple(boxes.shape)}")
-    for name, grid in (("student_grid", student_grid), ("teacher_grid", teacher_grid)):
+    for name, boxes, grid in (("student", student_boxes, student_grid), ("teacher", teacher_boxes, teacher_grid)):
+        if boxes.shape[-1:] != (5,):
+            raise ValueError(f"{name}_boxes must be (..., 5): top, left, height, width, flip; got {tuple(boxes.shape)}")
         if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"{name} must be (rows, cols), both at least 1; got {grid}")
+            raise ValueError(f"{name}_grid must be (rows, cols), both at least 1; got {grid}")
     # boxes are few: float64 costs nothing and leaves only exact ties to chance
     s_top, s_left, s_height, s_width, s_flip = student_boxes.double().unsqueeze(-2).unbind(-1)   # each (..., 1)
     t_top, t_left, t_height, t_width, t_flip = teacher_boxes.double().unsqueeze(-2).unbind(-1)
@@ -185,7 +184,7 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
                     skip_same_view=skip_same_view)
 
     def chunk_loss(student_z, student_weight, start):
-        return student_z.shape[1] / B * local_cross_entropy(
+        return student_z.shape[1] / max(B, 1) * local_cross_entropy(
             student_z.float() @ student_weight.float().T,
             images(teacher_z, start).detach().float() @ teacher_weight.detach().float().T,
             center, student_temp=student_temp, teacher_temp=teacher_temp, impl="torch", **which(start))
@@ -197,7 +196,7 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
                         center.detach(), teacher_temp, step,
                         lambda start, q: _how(Ns, Nt, q, student_temp, **which(start)), wanted)
         if step >= B:
-            return chunk_loss(student_z, student_weight, 0) if B else student_z.float().sum() * 0
+            return chunk_loss(student_z, student_weight, 0)
         return sum(checkpoint(chunk_loss, images(student_z, start), student_weight, start, use_reentrant=False,
                               preserve_rng_state=False) for start in range(0, B, step))
 
@@ -211,17 +210,15 @@ def _check_arguments(student, teacher, center, student_temp, teacher_temp, stude
     (V, B, Ns, K), (Q, _, Nt, _) = student.shape, teacher.shape
     if teacher.shape[1] != B or teacher.shape[3] != K or min(K, Q) < 1:
         raise ValueError(f"student_logits and teacher_logits differ in B or K, or Q or K is 0: {shapes}")
-    expected = {"center": (center, (K,)), "student_boxes": (student_boxes, (V, B, 5)),
+    expected = {"student_logits": (student, (V, B, Ns, K)), "teacher_logits": (teacher, (Q, B, Nt, K)),
+                "center": (center, (K,)), "student_boxes": (student_boxes, (V, B, 5)),
                 "teacher_boxes": (teacher_boxes, (Q, B, 5)), "index": (index, (V, Q, B, Ns))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape} to go with {shapes}; got {tuple(tensor.shape)}")
         if tensor is not None and tensor.device != student.device:
             raise ValueError(f"{name} is on {tensor.device}, student_logits on {student.device}")
-    if teacher.device != student.device:
-        raise ValueError(f"teacher_logits is on {teacher.device}, student_logits on {student.device}")
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher), ("center", center)):
-        if not tensor.is_floating_point():
+        if name in ("student_logits", "teacher_logits", "center") and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
         raise ValueError(f"index must hold integers, got {index.dtype}")
@@ -241,13 +238,14 @@ def _check_arguments(student, teacher, center, student_temp, teacher_temp, stude
 def _use_triton(impl, tensor):
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
+    if impl == "auto":
+        return triton is not None and tensor.is_cuda and tensor.dtype != torch.float64
     if impl == "triton" and (triton is None or not (tensor.is_cuda or INTERPRETED)):
         raise ValueError("impl='triton' needs Triton and CUDA tensors (or TRITON_INTERPRET=1, set before the import); "
                          f"got tensors on {tensor.device}")
     if impl == "triton" and tensor.dtype == torch.float64:
         raise ValueError("impl='triton' computes in float32; for float64 use impl='torch'")
-    fits = triton is not None and tensor.is_cuda and tensor.dtype != torch.float64
-    return impl == "triton" or impl == "auto" and fits
+    return impl == "triton"
 
 
 # ------------------------------------------------------------------------------------------------ Triton kernels
@@ -269,7 +267,8 @@ def _use_triton(impl, tensor):
 # Probabilities are stored times 2^14 in float16: exact to 2^-11 down to 4e-9, where float16 itself would underflow at
 # K = 65536. With sum_k P_k of the stored values in the loss, their rounding cannot act on the size of the logits, only
 # on CE's terms. All sums are in float32. Each group of 8 elements, the 16 bytes that a thread loads, has a running
-# maximum, so that no thread waits for another inside the loop. Exponentials are in base 2: `scale` holds log2(e).
+# maximum, so that no thread waits for another inside the loop; it starts at -3e38, since -inf - -inf would be NaN.
+# Exponentials are in base 2: `scale` holds log2(e).
 
 if triton is not None:
     @triton.jit
@@ -282,15 +281,13 @@ if triton is not None:
     def _add_exp2(peak, total, x, scale):
         """Take x * scale, x (G, 8), into a running log-sum-exp per group: total * 2^peak, both (G,)."""
         top = tl.maximum(peak, tl.max(x, axis=1) * scale)
-        safe = tl.where(top == float("-inf"), 0.0, top)              # -inf - -inf would be NaN
-        return top, total * tl.exp2(peak - safe) + tl.sum(tl.exp2(x * scale - safe[:, None]), axis=1)
+        return top, total * tl.exp2(peak - top) + tl.sum(tl.exp2(x * scale - top[:, None]), axis=1)
 
     @triton.jit
     def _log2_sum(peak, total):
         """Running sums of all groups -> the row's log2 of the sum."""
         top = tl.max(peak, axis=0)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        return safe + tl.log2(tl.sum(total * tl.exp2(peak - safe), axis=0))
+        return top + tl.log2(tl.sum(total * tl.exp2(peak - top), axis=0))
 
     @triton.jit
     def _teacher_kernel(T, CENTER, P, K, scale, EVEN: tl.constexpr, BLOCK: tl.constexpr):
@@ -298,8 +295,7 @@ if triton is not None:
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         start = tl.program_id(0).to(tl.int64) * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        peak = tl.full([BLOCK // 8], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK // 8], tl.float32)
+        peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
         for k in range(0, K, BLOCK):
             x = _tile(T + start, k + tile, K, float("-inf"), EVEN) - _tile(CENTER, k + tile, K, 0.0, EVEN)
             peak, total = _add_exp2(peak, total, x, scale)
@@ -362,7 +358,7 @@ if triton is not None:
         if LOSS is None:
             lse = tl.load(LSE + row)
         else:
-            peak, total = tl.full([BLOCK // 8], float("-inf"), tl.float32), tl.zeros([BLOCK // 8], tl.float32)
+            peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
             mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
             for k in range(0, end, BLOCK):                              # a row without a match reads nothing
                 s = _tile(S, k + tile, end, float("-inf"), EVEN)
@@ -420,7 +416,7 @@ def _how(Ns, Nt, q, student_temp, student_boxes, teacher_boxes, student_grid, te
 
 
 def _student_rows(s, p, how, lse=None, ds=None, upstream=None):
-    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K): loss and lse, unless lse is given; ds if given."""
+    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K): fills ds; makes loss and lse if no lse is given."""
     (V, B, Ns, K), loss = s.shape, None
     if lse is None:
         loss, lse = s.new_empty(2, V, B, Ns, dtype=torch.float32)
@@ -475,11 +471,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
             pairs = _teacher_probabilities(t, center, teacher_temp, in_place=True).split(2)
             for i, p in enumerate(pairs):
                 # the last launch may write over the logits; with more than two teacher views the earlier ones may not
-                own = s.view(grad_type) if i == len(pairs) - 1 else torch.empty_like(s, dtype=grad_type)
-                loss, _ = _student_rows(s, p, how(start, 2 * i), ds=own if needs_grad else None, upstream=one)
+                ds = s.view(grad_type) if i == len(pairs) - 1 else torch.empty_like(s, dtype=grad_type)
+                loss, _ = _student_rows(s, p, how(start, 2 * i), ds=ds if needs_grad else None, upstream=one)
                 total += loss.sum() / max(1, B * Ns)
                 if needs_grad:
-                    d, share = own.view(-1, K), s.shape[1] / B
+                    d, share = ds.view(-1, K), s.shape[1] / B
                     grads[0][:, start:start + step].add_((d @ grad_weight).view(zs[0].shape), alpha=share)
                     grads[1].add_(d.T @ zs[0].reshape(-1, D).to(grad_type), alpha=share)
         ctx.save_for_backward(*grads)
@@ -494,15 +490,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------ benchmark
 
-def _official_eager(student, teacher, center, student_temp, teacher_temp, matches):
+def _official_eager(student, teacher, center, student_temp, teacher_temp, index, weight):
     """What the official code computes: per pair, a gathered target, a log-softmax and their product, all kept."""
-    target = F.softmax((teacher - center) / teacher_temp, dim=-1)
-    loss = 0
+    target, loss = F.softmax((teacher - center) / teacher_temp, dim=-1), 0
     for q in range(len(teacher)):
         for v in range(len(student)):
-            index, weight = matches[0][v, q], matches[1][v, q]
-            gathered = target[q].gather(1, index[..., None].expand(-1, -1, target.shape[-1]))
-            loss = loss + (weight * -(gathered * F.log_softmax(student[v] / student_temp, dim=-1)).sum(-1)).mean()
+            gathered = target[q].gather(1, index[v, q, ..., None].expand(-1, -1, target.shape[-1]))
+            log_p = F.log_softmax(student[v] / student_temp, dim=-1)
+            loss = loss + (weight[v, q] * -(gathered * log_p).sum(-1)).mean()
     return loss
 
 
@@ -513,102 +508,92 @@ CAN_REPORT = triton is not None and tuple(map(int, triton.__version__.split(".")
 def _compile(part, target, logits="fp16", **changes):
     """A kernel as launched at K = 65536, for a GPU that need not be here. part: teacher, forward, backward or both."""
     kernel = _teacher_kernel if part == "teacher" else _student_kernel
-    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, EVEN=True,
-                     BLOCK=BLOCK) | dict.fromkeys({"forward": ("UPSTREAM", "DS"), "backward": ("LOSS",)}.get(part, ()))
-    constants = {name: value for name, value in (constants | changes).items() if name in kernel.arg_names}
+    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, EVEN=True, BLOCK=BLOCK)
+    constants |= dict.fromkeys({"forward": ("UPSTREAM", "DS"), "backward": ("LOSS",)}.get(part, ())) | changes
     kinds = dict(S=f"*{logits}", T=f"*{logits}", DS=f"*{logits}", P="*fp32" if logits == "fp32" else "*fp16",
                  V="i32", B="i32", K="i32", scale="fp32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if signature[name].startswith("*") or name == "K" and constants["EVEN"]}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, attrs=aligned, constexprs={
-        (kernel.arg_names.index(name),): value for name, value in constants.items()})
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind.startswith("*") or name == "K" and constants["EVEN"]}
+    source = triton.compiler.ASTSource(kernel, signature, attrs=aligned, constexprs={
+        (i,): constants[name] for i, name in enumerate(signature) if name in constants})
     return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=LAUNCH).asm
 
 
 def _report(arch):
     """What the kernels become on sm_`arch`: registers, spills, 16-byte loads, instructions per element of each loop."""
-    import os, re, subprocess, tempfile
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    import os, re, subprocess, tempfile  # noqa: E401
+    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     for part in ("teacher", "forward", "backward", "both"):
-        cubin = _compile(part, ("cuda", arch, 32))["cubin"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(cubin), file.flush()
-            usage, sass = (subprocess.run([f"{tools}/{tool}", option, file.name], capture_output=True, text=True).stdout
-                           for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
-        ops, labels, loops = [], {}, []
-        for line in sass.splitlines():
-            if label := re.match(r"\s*(\.L_x_\d+):", line):
-                labels[label[1]] = len(ops)
-            if op := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)", line):
-                ops.append(op[1])
-                target = re.search(r"\.L_x_\d+", op[2])
-                if op[1].startswith("BRA") and target and labels.get(target[0], len(ops)) < len(ops) - 9:
-                    loops.append(len(ops) - labels[target[0]])
-        wide, spills = sum("LDG" in op and "128" in op for op in ops), sum(op[:3] in ("LDL", "STL") for op in ops)
-        yield dict(kernel=part, arch=arch, registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=spills,
-                   loads_16_byte=wide, loops_instructions_per_element=[round(n / 8, 1) for n in loops])
+            file.write(_compile(part, ("cuda", arch, 32))["cubin"]), file.flush()
+            sass = subprocess.run([cuobjdump, "-res-usage", "-sass", file.name], capture_output=True, text=True).stdout
+        # a line is "/*1900*/ @!P0 BRA 0x1140 ;" and a loop ends in a jump back; an instruction is 16 bytes
+        code = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:[^;]*\b(0x[0-9a-f]+))?[^;]*;", sass)
+        loops = [(int(at, 16) - int(to, 16)) // 16 + 1 for at, op, to in code if op.startswith("BRA") and to]
+        yield dict(kernel=part, arch=arch, registers=int(re.search(r"REG:(\d+)", sass)[1]),
+                   spills=sum(op[:3] in ("LDL", "STL") for _, op, _ in code),
+                   loads_16_byte=sum("LDG" in op and "128" in op for _, op, _ in code),
+                   loops_instructions_per_element=[round(n / 8, 1) for n in loops if n > 9])
 
 
 def _benchmark(path):
     import json
+    from functools import partial
+    from itertools import product
     from torch.utils.benchmark import Timer
-    cuda = torch.cuda.is_available()
+    cuda, rows = torch.cuda.is_available(), []
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-    rows = [dict(torch=torch.__version__, triton=getattr(triton, "__version__", None),
-                 device=torch.cuda.get_device_name() if cuda else "cpu")]
-
-    def measure(call):
-        """(median ms, peak MB above what was there) of a call."""
-        median = 1e3 * Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).blocked_autorange(
-            min_run_time=0.3).median
-        if not cuda:
-            return median, None
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return median, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
     def show(**row):
         rows.append(row)
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
+    def measure(call):
+        """(median ms, peak MB above what was there) of a call."""
+        timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+        ms = 1e3 * timer.blocked_autorange(min_run_time=0.3).median
+        if not cuda:
+            return ms, None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return ms, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
     block = torch.empty(2 ** (30 if cuda else 26), dtype=torch.uint8, device=device)
     copy = 2 * block.numel() / 1e6 / measure(block.clone)[0]
-    show(**rows.pop(), copy_gb_s=copy)
-    for B, K in ((32, 65536), (128, 65536), (32, 8192), (128, 8192)) if cuda else ((4, 2048),):
-        for V, grid in ((2, (7, 7)), (8, (3, 3))):                  # the launches of a step: global views, local views
-            boxes, Ns = torch.rand(V + 2, B, 5, device=device) * 200 + 1, grid[0] * grid[1]
-            zs, zt = (F.normalize(torch.randn(n, B, p, 256, device=device), dim=-1) for n, p in ((V, Ns), (2, 49)))
-            weight, center = F.normalize(torch.randn(K, 256, device=device), dim=-1), torch.zeros(K, device=device)
-            s, t = ((z.to(dtype) @ weight.to(dtype).T) for z in (zs, zt))
-            for leaf in (s, zs, weight):
-                leaf.requires_grad_()
-            how = dict(student_boxes=boxes[:V], teacher_boxes=boxes[V:], student_grid=grid, teacher_grid=(7, 7),
-                       student_temp=0.1, teacher_temp=0.04)
-            matches = geometric_matches(boxes[:V, None], boxes[None, V:], grid, (7, 7))
-            compiled = torch.compile(lambda *a, **k: local_cross_entropy(*a, impl="torch", **k))
-            losses = {"official, eager": lambda: _official_eager(s, t, center, 0.1, 0.04, matches),
-                      "torch": lambda: local_cross_entropy(s, t, center, impl="torch", **how),
-                      "torch, compiled": lambda: compiled(s, t, center, **how),
-                      "head, torch": lambda: head_cross_entropy(zs, weight, zt, weight, center, impl="torch", **how),
-                      "triton": lambda: local_cross_entropy(s, t, center, impl="triton", **how),
-                      "head, triton": lambda: head_cross_entropy(zs, weight, zt, weight, center, impl="triton", **how)}
-            for name, loss in losses.items():
-                if "triton" in name and not cuda:
-                    continue
-                try:
-                    with torch.no_grad():
-                        forward = measure(loss)
-                    both = measure(lambda: torch.autograd.grad(loss(), [zs, weight] if "head" in name else s))
-                except torch.OutOfMemoryError:
-                    show(B=B, K=K, views=V, name=name, out_of_memory=True)
-                    continue
-                speeds = [(n * s.numel() + t.numel()) * s.element_size() / 1e6 / ms
-                          for n, (ms, _) in ((1, forward), (2, both))]
-                show(B=B, K=K, views=V, name=name, forward_ms=forward[0], forward_mb=forward[1], both_ms=both[0],
-                     both_mb=both[1], forward_gb_s=speeds[0], forward_of_copy=speeds[0] / copy, both_gb_s=speeds[1],
-                     both_of_copy=speeds[1] / copy)                 # bytes: s and t read once, ds written once
+    show(torch=torch.__version__, triton=getattr(triton, "__version__", None),
+         device=torch.cuda.get_device_name() if cuda else "cpu", copy_gb_s=copy)
+    sizes = product((32, 128), (65536, 8192)) if cuda else [(4, 2048)]
+    for (B, K), (V, grid) in product(sizes, ((2, (7, 7)), (8, (3, 3)))):    # a step: global views, then local views
+        boxes, Ns = torch.rand(V + 2, B, 5, device=device) * 200 + 1, grid[0] * grid[1]
+        zs, zt = (F.normalize(torch.randn(n, B, p, 256, device=device), dim=-1) for n, p in ((V, Ns), (2, 49)))
+        weight, center = F.normalize(torch.randn(K, 256, device=device), dim=-1), torch.zeros(K, device=device)
+        s, t = (z.to(dtype) @ weight.to(dtype).T for z in (zs, zt))
+        for leaf in (s, zs, weight):
+            leaf.requires_grad_()
+        how = dict(student_boxes=boxes[:V], teacher_boxes=boxes[V:], student_grid=grid, teacher_grid=(7, 7),
+                   student_temp=0.1, teacher_temp=0.04)
+        matches = geometric_matches(boxes[:V, None], boxes[None, V:], grid, (7, 7))
+        torch.compiler.reset()              # else it would give up after 8 shapes, and time eager code
+        losses = {"official, eager": partial(_official_eager, s, t, center, 0.1, 0.04, *matches),
+                  "torch, compiled": partial(torch.compile(local_cross_entropy), s, t, center, impl="torch", **how)}
+        for impl in ("torch", "triton") if cuda else ("torch",):
+            losses[impl] = partial(local_cross_entropy, s, t, center, impl=impl, **how)
+            losses[f"head, {impl}"] = partial(head_cross_entropy, zs, weight, zt, weight, center, impl=impl, **how)
+        for (name, loss), backward in product(losses.items(), (False, True)):
+            def call():
+                with torch.set_grad_enabled(backward):
+                    return torch.autograd.grad(loss(), [zs, weight] if "head" in name else s) if backward else loss()
+
+            row = dict(B=B, K=K, views=V, name=name, what="forward+backward" if backward else "forward")
+            try:
+                ms, peak = measure(call)
+            except torch.OutOfMemoryError:
+                show(**row, out_of_memory=True)
+                continue
+            speed = ((1 + backward) * s.numel() + t.numel()) * s.element_size() / 1e6 / ms
+            show(**row, ms=ms, peak_mb=peak, gb_s=speed, of_copy=speed / copy)  # bytes: s, t read once, ds written once
     for arch in (80, 90) if CAN_REPORT and not INTERPRETED else ():
         for row in _report(arch):
             show(**row)
