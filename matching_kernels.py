@@ -416,7 +416,7 @@ def _how(Ns, Nt, q, student_temp, student_boxes, teacher_boxes, student_grid, te
 
 
 def _student_rows(s, p, how, lse=None, ds=None, upstream=None):
-    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K): fills ds; makes loss and lse if no lse is given."""
+    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K): fills ds; makes loss, lse if lse is None."""
     (V, B, Ns, K), loss = s.shape, None
     if lse is None:
         loss, lse = s.new_empty(2, V, B, Ns, dtype=torch.float32)
