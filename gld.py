@@ -29,6 +29,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -626,10 +627,15 @@ def choose_precision(cfg, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
-def ignore_signals(worker):
-    """A signal to the whole job is for the main process to answer; its loader's workers end when it does."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker):
+    """A signal to the whole job is for the main process to answer, so a loader's worker works on for 30 s after it.
+
+    It may not ignore SIGTERM for good: that is also how Python ends the workers that are left when a program exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):                          # Windows has none
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def listen_for_signals():
@@ -794,7 +800,7 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
             yield [(epoch, i) for i in order[first:first + cfg.batch_size].tolist()]
 
     return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
+                                       pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -943,6 +949,7 @@ def guarded(script, work):
         if os.environ.get("RANK", "0") == "0":
             # a worker process wraps its error in a traceback; the last part is the message
             print(f"{script}: error: {str(error).split('BadInput: ')[-1].strip()}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)         # frees a loader in them, which then ends its workers
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
