@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from gld import (ARCHS, NAMED_SETS, BadInput, Backbone, Parser, guarded, load_file, load_images, load_strictly,
+from gld import (ARCHS, BadInput, Backbone, Parser, guarded, load_file, load_images, load_strictly,
                  normalise, start_processes)
 
 CHUNK_BYTES = 2 ** 28                   # of similarities at a time, so that memory does not grow with the test set
@@ -30,8 +30,9 @@ CHUNK_BYTES = 2 ** 28                   # of similarities at a time, so that mem
 def parse_arguments(argv=None):
     parser = Parser("eval_knn.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", default="output/checkpoint.pt", help="or backbone.pt, torchvision or official Swin")
-    add("--data", help="a folder with train/ and val/, shapes or cifar10 (default: what the network was trained on)")
+    add("--checkpoint", nargs="+", default=["output/checkpoint.pt"], help="or backbone.pt, torchvision, official Swin")
+    add("--data", help="folder or .tar with train/ and val/, shapes, cifar10 (default: what it was trained on)")
+    add("--untrained", action="store_true", help="also score the first network before training, and raw pixels")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=0.07, help="of the neighbours' votes")
     add("--weights", choices=("teacher", "student"), default="teacher", help="which network of a checkpoint.pt")
@@ -171,44 +172,51 @@ def linear_probe(train, train_labels, val, val_labels, epochs=100, batch=256):
     return 100 * best[:, 0].float().mean().item(), 100 * best.any(1).float().mean().item()
 
 
+def labelled(data, fraction):
+    """Training and validation `Images` of --data, and the labels of both, numbered alike. Raises BadInput."""
+    parts = [load_images(data, "train", fraction, must_split=True), load_images(data, "val", must_split=True)]
+    if parts[0].classes is None:
+        return parts, [images.labels for images in parts]
+    names = np.union1d(parts[0].classes, parts[1].classes)      # val may lack some of the folders
+    if len(names) < 2:
+        raise BadInput(f"--data {data}: k-NN needs labels, that is class folders in train/ and val/")
+    return parts, [np.searchsorted(names, images.classes)[images.labels] for images in parts]
+
+
 def evaluate(cfg):
-    backbone, size, options = load_backbone(cfg.checkpoint, cfg.weights)
+    rank, world, device = start_processes(cfg)
+    loaded = [(path, *load_backbone(path, cfg.weights)) for path in cfg.checkpoint]         # all, before any work
+    _, first, size, options = loaded[0]
     data = cfg.data or options.get("data")
     if not data:
-        raise BadInput(f"--data is needed: {cfg.checkpoint} does not say what it was trained on")
+        raise BadInput(f"--data is needed: {cfg.checkpoint[0]} does not say what it was trained on")
     if Path(data).name == "train" and not (Path(data) / "train").exists():
         data = str(Path(data).parent)
-    if data not in NAMED_SETS and not (Path(data, "train").is_dir() and Path(data, "val").is_dir()):
-        raise BadInput(f"--data {data}: must hold train/ and val/, or be one of {', '.join(NAMED_SETS)}")
-    rank, world, device = start_processes(cfg)
-    train, val = load_images(data, "train", options.get("data_fraction", 1)), load_images(data, "val")
-    labels = [images.labels for images in (train, val)]
-    if train.classes is not None:           # the same number for the same folder, also where val lacks some of them
-        names = np.union1d(train.classes, val.classes)
-        labels = [np.searchsorted(names, images.classes)[images.labels] for images in (train, val)]
-        if len(names) < 2:
-            raise BadInput(f"--data {data}: k-NN needs labels, that is class folders in train/ and val/")
+    images, labels = labelled(data, options.get("data_fraction", 1))
     labels = [torch.as_tensor(y, device=device) for y in labels]
-    backbone.to(device).eval()
-    networks = {cfg.weights: lambda x: backbone(x)[0]}
-    if data == "shapes":                # two baselines: the same network before training, and no network
+    networks = [(path, size, backbone, lambda backbone, x: backbone(x)[0]) for path, backbone, size, _ in loaded]
+    if cfg.untrained or data == "shapes":
         torch.manual_seed(options.get("seed", 0))
-        untrained = Backbone(backbone.arch, size, backbone.patch_size).to(device).eval()
-        networks |= {"untrained": lambda x: untrained(x)[0], "raw pixels": lambda x: x.flatten(1)}
-    results = dict(checkpoint=cfg.checkpoint, data=data, train=len(train), val=len(val), arch=backbone.arch, size=size,
+        untrained = Backbone(first.arch, size, first.patch_size)
+        networks += [("untrained", size, untrained, lambda backbone, x: backbone(x)[0]),
+                     ("raw pixels", size, untrained, lambda backbone, x: x.flatten(1))]
+    results = dict(data=data, train=len(images[0]), val=len(images[1]), weights=cfg.weights,
                    temperature=cfg.temperature)
     if rank == 0:
-        print(f"{cfg.checkpoint}: {backbone.arch}, {size} px (from {round(size * 256 / 224)}, centre crop); {data}: "
-              f"{len(train)} train, {len(val)} val; temperature {cfg.temperature}; top-1 / top-5 %")
-    for name, network in networks.items():
-        features = [extract(network, images, size, cfg, device, rank, world) for images in (train, val)]
+        print(f"{data}: {len(images[0])} train, {len(images[1])} val; {cfg.weights} weights, temperature "
+              f"{cfg.temperature}; top-1 / top-5 %")
+    width = max(len(name) for name, *_ in networks) + 2
+    for name, size, backbone, network in networks:
+        backbone.to(device).eval()
+        features = [extract(lambda x: network(backbone, x), part, size, cfg, device, rank, world) for part in images]
         if rank:
             continue
         args = features[0], labels[0], features[1], labels[1]
         found = {f"{k}-NN": top for k, top in knn(*args, cfg.k, cfg.temperature).items()}
         found |= {"linear": linear_probe(*args)} if cfg.linear else {}
-        results[name] = found
-        print(f"{name:12}" + "  ".join(f"{method} {a:.1f} / {b:.1f}" for method, (a, b) in found.items()), flush=True)
+        results[name] = dict(arch=backbone.arch, size=size, resize=round(size * 256 / 224)) | found
+        print(f"{name:{width}}{backbone.arch} {size} px (crop of {results[name]['resize']})  "
+              + "  ".join(f"{method} {a:.1f} / {b:.1f}" for method, (a, b) in found.items()), flush=True)
     if cfg.json and rank == 0:
         Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

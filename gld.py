@@ -22,17 +22,21 @@ Reading order: options, views, networks, loss, training. Below "the paper ends h
 """
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
 import os
 import signal
 import sys
+import tarfile
+import tempfile
 import time
 import traceback
 import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -416,8 +420,34 @@ def clip_gradients(parameters, max_norm):
     return norms.norm()
 
 
-def train(cfg):
-    """Train a student and its teacher; under torchrun, as one of several processes. Returns the exit code."""
+def views_on(device, loader, progress):
+    """The loader's batches, on the device: (views, a list with one tensor (v, B, 3, H, W) per size; boxes (V, B, 5);
+    the numbers of the images that could not be read)."""
+    for *batch, unreadable in loader:
+        progress.lap("data")
+        global_cut, local_cut, boxes, colour = (x.to(device, non_blocking=True) for x in batch)
+        views = [colour_views(global_cut, boxes[:, :2], colour[:, :2])]
+        if local_cut.numel():
+            views.append(colour_views(local_cut, boxes[:, 2:], colour[:, 2:]))
+        progress.lap("views")
+        yield views, boxes.transpose(0, 1), [i for i in unreadable.tolist() if i >= 0]
+
+
+def read_later(x):
+    """Start to copy x to the host. Returns: a function that waits for it, but for nothing that was queued after it."""
+    if x.device.type != "cuda":
+        return x.tolist
+    host, copied = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
+    copied.record()
+    return lambda: copied.synchronize() or host.tolist()
+
+
+def train(cfg, make_batches=None, observer=None):
+    """Train a student and its teacher; under torchrun, as one of several processes. Returns the exit code.
+
+    The last two arguments, by default `make_loader` and `Progress`, are for --benchmark to put its own in their place.
+    """
+    asked_to_stop = listen_for_signals()
     rank, world, device = start_processes(cfg)
     images = load_images(cfg.data, "train", cfg.data_fraction)
     total_batch = cfg.batch_size * world
@@ -429,7 +459,7 @@ def train(cfg):
     stop_at = min(steps, cfg.max_steps or steps)
 
     torch.manual_seed(cfg.seed)
-    student, teacher = Network(cfg, cfg.drop_path).to(device), Network(cfg).to(device)
+    student, teacher = (Network(cfg, p).to(device, memory_format=torch.channels_last) for p in (cfg.drop_path, 0.0))
     if world > 1 and device.type == "cuda":
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     teacher.load_state_dict(student.state_dict())
@@ -449,12 +479,13 @@ def train(cfg):
         student.compile(), teacher.compile()
     ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
-    loader = make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch)
-    progress = Progress(cfg, images, rank, device, total_batch, start, steps, steps_per_epoch)
-    asked_to_stop = listen_for_signals()
+    progress = (observer or Progress)(cfg, images, rank, device, total_batch, start, steps, steps_per_epoch)
     if start >= stop_at:
         progress.say(f"nothing left to do: {start} steps are done, and --epochs or --max-steps asks for no more")
-    for step, batch in enumerate(loader, start):
+    loader = (make_batches or make_loader)(images, cfg, rank, world, range(start, stop_at), steps_per_epoch)
+    batches = views_on(device, loader, progress)
+    batch, done, saved = next(batches, None), start, True
+    for step in range(start, stop_at):
         epoch = step // steps_per_epoch
         lr = cosine(cfg.lr * total_batch / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
         for group in optimizer.param_groups:
@@ -464,21 +495,19 @@ def train(cfg):
         teacher_temp = teacher_temp_at(epoch, cfg)
         torch.manual_seed(hash((cfg.seed, step, rank)))     # stochastic depth is a function of these, not of history
 
-        *batch, unreadable = batch
-        global_cut, local_cut, boxes, colour = (x.to(device, non_blocking=True) for x in batch)
-        views = [colour_views(global_cut, boxes[:, :2], colour[:, :2])]
-        if cfg.local_views:
-            views.append(colour_views(local_cut, boxes[:, 2:], colour[:, 2:]))
-        boxes = boxes.transpose(0, 1)                                                       # (V, B, 5)
-
+        views, boxes, unreadable = batch
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             with torch.no_grad():
                 teacher_out = teacher(views[:1])
+            progress.lap("teacher")
             student_out = ddp(views)
+            progress.lap("student")
         whole, local = distillation_loss(student_out, teacher_out, centers, boxes, grids, teacher_temp=teacher_temp,
                                          matching=cfg.matching, hinge=cfg.hinge, impl=cfg.impl)
+        progress.lap("loss")
         optimizer.zero_grad()
         scaler.scale(whole + local).backward()
+        progress.lap("backward")
         scaler.unscale_(optimizer)
         if epoch < cfg.freeze_last_layer:
             for p in last_layers:                           # dropped after all processes have reduced it, so none waits
@@ -486,11 +515,14 @@ def train(cfg):
         norm = clip_gradients(parameters, cfg.clip_grad)
 
         # what the processes must know of each other besides gradients and batch norm, in one message: losses, stop, the
-        # teacher's mean rows; a NaN of one becomes a NaN of all
+        # number of unreadable images, the teacher's mean rows; a NaN of one becomes a NaN of all
         means = teacher_means(teacher_out)
-        told = torch.stack([whole.detach(), local.detach(), torch.tensor(float(len(asked_to_stop)), device=device)])
-        told = all_mean(torch.cat([told, means.flatten()]))
-        whole, local, stop, norm = torch.cat([told[:3], norm[None]]).tolist()               # the only wait for the GPU
+        told = torch.tensor([len(asked_to_stop), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
+        told = all_mean(torch.cat([torch.stack([whole.detach(), local.detach()]), told, means.flatten()]))
+        figures = read_later(torch.cat([told[:4], norm[None]]))
+        progress.lap("update")
+        batch = next(batches, None)                         # the GPU has the next views to colour while we wait here:
+        whole, local, stop, lost, norm = figures()          # the only wait for the GPU
         for term, value in {"global loss": whole, "local loss": local, "gradient": norm}.items():
             if not math.isfinite(value) and not (term == "gradient" and scaler.is_enabled()):   # fp16 skips such steps
                 progress.say(f"gld.py: stopped: the {term} is {value} at step {step}, lr {lr:.3g}; the last checkpoint "
@@ -500,19 +532,23 @@ def train(cfg):
         scaler.step(optimizer)
         scaler.update()
         # the centres follow the mean teacher logits of this step, over all images, global views, patches and processes
-        centers.lerp_(mean_logits(teacher_out, told[3:].view_as(means)), 1 - CENTER_MOMENTUM)
+        centers.lerp_(mean_logits(teacher_out, told[4:].view_as(means)), 1 - CENTER_MOMENTUM)
         # the teacher follows the student; batch norm's statistics (if any) are the teacher's own
         torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+        progress.lap("update")
 
         done = step + 1
-        progress.update(done, dict(loss_global=whole, loss_local=local, grad_norm=norm), lr, unreadable,
-                        lambda: diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg))
+        progress.update(done, dict(loss_global=whole, loss_local=local, grad_norm=norm), lr, round(lost * world),
+                        unreadable, lambda: diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg))
         if stop or done == stop_at or done % (cfg.save_every * steps_per_epoch) == 0:
-            save(cfg, run, centers, done, options, rank)
-        if stop and done < stop_at:
-            progress.say(f"asked to stop: saved at step {done}; the same command continues there")
-            return CONTINUE_ME
-    return 0
+            saved = save(cfg, run, centers, done, options, rank, progress.say)
+        if stop:
+            break
+    if not saved:
+        return 1
+    if done < stop_at:
+        progress.say(f"asked to stop: saved at step {done}; the same command continues there")
+    return CONTINUE_ME if done < stop_at else 0
 
 
 # ======================================================================================= the paper ends here
@@ -538,7 +574,7 @@ def parse_arguments(argv=None):
     """Command line -> namespace in which every option is set, by the user or by the preset, and checked."""
     parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="shapes", help="a folder of images, in class folders or not, or shapes (default), or cifar10")
+    add("--data", default="shapes", help="folder of images (in class folders or not), .tar of one, shapes or cifar10")
     add("--data-fraction", type=float, default=1.0, help="use this share of every class, always the same images")
     add("--preset", choices=("small", "paper"), help="which defaults; small unless --data is a path")
     for flag, small, paper, text in OPTIONS:
@@ -552,6 +588,7 @@ def parse_arguments(argv=None):
     add("--resume", action=switch, default=True, help="continue OUTPUT/checkpoint.pt if it is there (yes)")
     add("--init-from", metavar="FILE", help="start from the student and teacher of this checkpoint.pt")
     add("--save-every", type=int, default=1, help="epochs between checkpoints (1)")
+    add("--benchmark", type=int, metavar="N", help="measure N steps, tell where their time goes, save nothing")
     add("--max-steps", type=int, help="stop after so many steps; the schedules stay as long as --epochs says")
     add("--seed", type=int, default=0, help="of the first weights and of all that is drawn (0)")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 10), help="processes that cut views, for each GPU")
@@ -570,8 +607,9 @@ def parse_arguments(argv=None):
 
 def check_arguments(cfg):
     """Every option is checked here, before any work. Raises BadInput."""
+    folder = next(path for path in (Path(cfg.output), *Path(cfg.output).absolute().parents) if path.exists())
     gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    at_least = {"patch_size out_dim head_hidden head_bottleneck batch_size epochs save_every max_steps": 1,
+    at_least = {"patch_size out_dim head_hidden head_bottleneck batch_size epochs save_every max_steps benchmark": 1,
                 "local_views workers seed freeze_last_layer warmup_teacher_temp_epochs lr min_lr weight_decay "
                 "weight_decay_end clip_grad warmup_epochs": 0, "teacher_temp warmup_teacher_temp": 1e-6}
     checks = [(getattr(cfg, name) is None or low <= getattr(cfg, name) < math.inf,
@@ -589,7 +627,7 @@ def check_arguments(cfg):
         (0 <= cfg.teacher_momentum <= 1, f"--teacher-momentum must be in [0, 1], got {cfg.teacher_momentum}"),
         (0 <= cfg.drop_path < 1, f"--drop-path must be in [0, 1), got {cfg.drop_path}"),
         (cfg.warmup_epochs <= cfg.epochs, f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}"),
-        (not Path(cfg.output).exists() or Path(cfg.output).is_dir(), f"--output {cfg.output}: not a folder"),
+        (folder.is_dir() and os.access(folder, os.W_OK), f"--output {cfg.output}: not a folder that can be written"),
         (cfg.device != "cuda" or gpu, "--device cuda: torch sees no CUDA GPU here"),
         (cfg.precision != "fp16" or gpu, "--precision fp16 needs a CUDA GPU"),
         (cfg.impl != "triton" or gpu or os.getenv("TRITON_INTERPRET") == "1", "--impl triton needs a CUDA GPU"),
@@ -606,8 +644,8 @@ def start_processes(cfg):
     device = torch.device("cuda", local) if cfg.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return rank, world, device
 
 
@@ -665,17 +703,23 @@ def decode(data):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+@functools.cache
+def open_archive(path):
+    return os.open(path, os.O_RDONLY)
+
+
 @dataclass
 class Images:
-    """Images in memory, (n, H, W, 3) uint8, or the paths of their files, an array of bytes; and their labels (n,),
-    which for files are places in `classes`, the names of the class folders.
+    """Images in memory, (n, H, W, 3) uint8, or the names of their files in a folder or .tar, an array of bytes; and
+    their labels (n,), for files places in `classes`, the names of the class folders.
 
     A list of a million str would be copied into every worker as its reference counts change; an array is shared.
     """
     items: np.ndarray
     labels: np.ndarray
-    root: str = ""
+    root: str = ""                                          # the folder or .tar
     classes: np.ndarray = None
+    spans: np.ndarray = None                                # (n, 2) int64: offset and size of each file in the .tar
 
     def __len__(self):
         return len(self.labels)
@@ -687,15 +731,34 @@ class Images:
         """(3, H, W) uint8. Raises OSError and others if the file cannot be read or is no image."""
         if self.items.ndim > 1:
             return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        with open(self.name(i), "rb") as file:
-            return decode(file.read())
+        if self.spans is not None:
+            offset, size = self.spans[i].tolist()
+            return decode(os.pread(open_archive(self.root), size, offset))
+        return decode(Path(self.name(i)).read_bytes())
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-def load_images(data, split, fraction=1.0):
-    """The `Images` of --data: a name, or a folder, or its subfolder `split` if there is one. Raises BadInput."""
+def list_archive(path):
+    """The regular files of an uncompressed .tar: [(name, offset, size)]. Nothing is unpacked. Raises BadInput."""
+    found = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                archive.members.clear()                     # it would remember all of them, a kilobyte each
+                if member.isreg() and not member.issparse():
+                    found.append((os.fsencode(member.name), member.offset_data, member.size))
+    except (tarfile.TarError, OSError) as error:
+        raise BadInput(f"--data {path}: no whole, uncompressed .tar ({error})") from None
+    return found
+
+
+def load_images(data, split, fraction=1.0, must_split=False):
+    """The `Images` of --data: a name, or a folder or .tar, of which the part below `split`/ if there is one.
+
+    Raises BadInput; with must_split also if there is no such part.
+    """
     root = Path(data)
     if data == "shapes":
         images = Images(*draw_shapes(2400 if split == "train" else 1200, seed=("train", "val").index(split)))
@@ -706,23 +769,38 @@ def load_images(data, split, fraction=1.0):
         except (OSError, RuntimeError) as error:
             raise BadInput(f"--data cifar10: neither in ./data nor to be downloaded ({error})") from None
         images = Images(found.data, np.array(found.targets))
-    elif root.is_dir():
-        root = root / split if (root / split).is_dir() else root
-        paths = sorted(os.fsencode(os.path.relpath(os.path.join(folder, file), root))
-                       for folder, _, files in os.walk(root, followlinks=True)
-                       for file in files if file.lower().endswith(IMAGE_SUFFIXES))
-        if not paths:
-            raise BadInput(f"--data {root}: no images ({' '.join(IMAGE_SUFFIXES)}) in this folder or below it")
-        classes = [os.path.dirname(path).split(os.sep.encode())[0] for path in paths]      # the first folder, or none
+    elif root.exists():
+        if root.is_dir():
+            part = root / split if (root / split).is_dir() else root
+            files = [(os.fsencode(os.path.relpath(os.path.join(folder, name), root)), 0, 0)
+                     for folder, _, names in os.walk(part, followlinks=True) for name in names]
+            top = b""
+        else:
+            files = list_archive(root)
+            names = [name for name, _, _ in files] or [b""]
+            top = os.path.commonprefix([min(names), max(names)])                            # folders that hold all
+            top = top[:top.rfind(b"/") + 1]
+        below = top + split.encode() + b"/"
+        if any(name.startswith(below) for name, _, _ in files):
+            top = below
+        elif must_split:
+            raise BadInput(f"--data {data}: must hold train/ and val/, or be one of {', '.join(NAMED_SETS)}")
+        suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+        files = sorted(file for file in files if file[0].startswith(top) and file[0].lower().endswith(suffixes))
+        if not files:
+            raise BadInput(f"--data {root}: no images ({' '.join(IMAGE_SUFFIXES)}) in it")
+        names, *spans = zip(*files)
+        classes = [name[len(top):].rpartition(b"/")[0].partition(b"/")[0] for name in names]   # first folder, or none
         classes, labels = np.unique(classes, return_inverse=True)
-        images = Images(np.array(paths), labels, str(root), classes)
+        images = Images(np.array(names), labels, str(root), classes, None if root.is_dir() else np.array(spans).T)
     else:
-        raise BadInput(f"--data {data}: there is no such folder, and the names are {', '.join(NAMED_SETS)}")
+        raise BadInput(f"--data {data}: there is no such folder or .tar, and the names are {', '.join(NAMED_SETS)}")
     if fraction < 1:
         rng = np.random.default_rng(0)
         classes = [rng.permutation(np.flatnonzero(images.labels == c)) for c in np.unique(images.labels)]
         keep = np.sort(np.concatenate([c[:math.ceil(fraction * len(c))] for c in classes]))
-        images = replace(images, items=images.items[keep], labels=images.labels[keep])
+        images = replace(images, items=images.items[keep], labels=images.labels[keep],
+                         spans=None if images.spans is None else images.spans[keep])
     return images
 
 
@@ -849,19 +927,29 @@ def restore(cfg, run, centers, options):
     return saved["step"]
 
 
-def save(cfg, run, centers, step, options, rank):
-    """Write checkpoint.pt and backbone.pt; a new file takes the old one's place only once it is whole and on disk."""
+def save(cfg, run, centers, step, options, rank, say):
+    """Write checkpoint.pt and backbone.pt; a new file takes the old one's place only once it is whole and on disk.
+
+    Returns: whether that worked. If not (no space, say), the files are as they were, and training can go on.
+    """
     if rank:
-        return
+        return True
     state = {name: part.state_dict() for name, part in run.items()}
     state |= dict(centers=centers, step=step, options=options)
     for name, content in (("checkpoint", state), ("backbone", run["teacher"].backbone.net.state_dict())):
         path = Path(cfg.output, name + ".pt")
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+        try:
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path.with_suffix(".tmp"), path)
+        except (OSError, RuntimeError) as error:            # torch tells of a full disk by a RuntimeError
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+            say(f"gld.py: cannot write {path} at step {step} ({' '.join(str(error).split())[:100]}); what was there is "
+                "kept, and the next save tries again", file=sys.stderr)
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ progress
@@ -888,47 +976,155 @@ class Progress:
         self.cfg, self.images, self.quiet, self.device = cfg, images, rank > 0, device
         self.total_batch, self.start, self.steps, self.steps_per_epoch = total_batch, start, steps, steps_per_epoch
         self.began = self.shown = time.time()
-        self.sums, self.count, self.unreadable, self.terminal = {}, 0, [], sys.stdout.isatty()
+        self.sums, self.count, self.lost, self.named, self.laps, self.waited, self.worked = {}, 0, 0, set(), [], 0, 1e-9
+        self.clear = "\r\033[K" if sys.stdout.isatty() else ""            # what rewrites the line, on a terminal
         if not self.quiet:
-            Path(cfg.output).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(cfg.output).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"--output {cfg.output}: {error.strerror}") from None
         self.say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}, {len(images)} images of "
                  f"{cfg.data}: {steps} steps of {total_batch} images, from step {start}; output in {cfg.output}/")
 
-    def update(self, done, figures, lr, unreadable, diagnose):
-        """Take in the step that is done; `diagnose` is called for more figures only if this step is shown."""
-        for i in unreadable[unreadable >= 0].tolist():
-            if i not in self.unreadable:
-                self.say(f"cannot be read, another image takes its place: {self.images.name(i)}")
-            self.unreadable.append(i)
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in figures.items()}
+    def lap(self, phase):
+        """Here ends a phase of the step. A GPU notes it by its own clock, so that nobody waits for it."""
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.laps.append((phase, now))
+
+    def phases(self):
+        """{phase: seconds} since this was last asked."""
+        seconds = {}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        for (_, begin), (phase, end) in pairwise(self.laps):
+            took = begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
+            seconds[phase] = seconds.get(phase, 0) + took
+        self.laps = self.laps[-1:]
+        return seconds
+
+    def update(self, done, figures, lr, lost, unreadable, diagnose):
+        """Take in the step that is done, in which `lost` images of all processes could not be read, of this process
+        those numbered `unreadable`; `diagnose` is called for more figures only if this step is shown."""
+        for i in set(unreadable) - self.named:
+            print(f"{self.clear}cannot be read, another image takes its place: {self.images.name(i)}", flush=True)
+            self.named.add(i)
+        self.lost += lost
+        if self.lost > max(1, self.steps_per_epoch * self.total_batch // 100):
+            raise BadInput(f"--data {self.cfg.data}: {self.lost} images of one epoch cannot be read, more than 1 %")
         self.count += 1
-        cfg, now = self.cfg, time.time()
-        ended = done % self.steps_per_epoch == 0 or done in (self.steps, cfg.max_steps)
-        if self.quiet or not (ended or done == self.start + 1 or now - self.shown > (0.5 if self.terminal else 30)):
-            return
-        self.shown, speed = now, (done - self.start) * self.total_batch / (now - self.began)
-        left = timedelta(seconds=int((self.steps - done) * self.total_batch / speed))
-        record = {name: value / self.count for name, value in self.sums.items()} | diagnose()
-        record |= dict(epoch=(done - 1) // self.steps_per_epoch, step=done, lr=lr, images_per_second=speed,
-                       unreadable=len(self.unreadable), peak_gib=peak_memory(self.device))
-        line = ("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} matched "
-                "{matched:.0%} entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s {peak_gib:.1f} GiB")
-        line = line.format(**record)
-        self.say(f"{line}, {left} left", end="\n" if ended or not self.terminal else "")
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        now, ended = time.time(), done % self.steps_per_epoch == 0 or done in (self.steps, self.cfg.max_steps)
+        if ended or done == self.start + 1 or now - self.shown > (0.5 if self.clear else 30):
+            seconds = self.phases()
+            self.waited, self.worked = self.waited + seconds.get("data", 0), self.worked + sum(seconds.values())
+            self.shown = now
+            if not self.quiet:
+                self.show(done, lr, ended, diagnose())
         if ended:
-            record["kl"] = record["loss_global"] / (1 if cfg.matching == "none" else 0.5) - record["entropy"]
+            self.sums, self.count, self.lost, self.waited, self.worked = {}, 0, 0, 0, 1e-9
+
+    def show(self, done, lr, ended, diagnosis):
+        cfg, speed = self.cfg, (done - self.start) * self.total_batch / (time.time() - self.began)
+        left = timedelta(seconds=int((self.steps - done) * self.total_batch / speed))
+        record = {name: value / self.count for name, value in self.sums.items()} | diagnosis
+        record |= dict(epoch=(done - 1) // self.steps_per_epoch, step=done, lr=lr, images_per_second=speed,
+                       waiting=self.waited / self.worked, unreadable=self.lost, peak_gib=peak_memory(self.device))
+        line = ("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} matched "
+                "{matched:.0%} entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s, {waiting:.0%} "
+                "waiting for data, {peak_gib:.1f} GiB")
+        self.say(f"{line.format(**record)}, {left} left", end="\n" if ended or not self.clear else "")
+        if not ended:
+            return
+        record["kl"] = record["loss_global"] / (1 if cfg.matching == "none" else 0.5) - record["entropy"]
+        try:
             with open(Path(cfg.output, "log.jsonl"), "a") as file:
                 file.write(json.dumps(record) + "\n")
-            most = math.log(cfg.out_dim)
-            healthy = record["spread"] > 1e-3 < record["entropy"] < 0.999 * most
-            if record["epoch"] >= cfg.warmup_epochs and not healthy:
-                self.say(f"looks collapsed: teacher entropy {record['entropy']:.3f} of at most {most:.3f}, spread of "
-                         f"features {record['spread']:.4f}; try a lower --lr or --teacher-temp, or --norm-last-layer")
-            self.sums, self.count, self.unreadable = {}, 0, []
+        except OSError as error:
+            self.say(f"gld.py: cannot write to log.jsonl ({error.strerror}); training goes on", file=sys.stderr)
+        most = math.log(cfg.out_dim)
+        healthy = record["spread"] > 1e-3 < record["entropy"] < 0.999 * most
+        if record["epoch"] >= cfg.warmup_epochs and not healthy:
+            self.say(f"looks collapsed: teacher entropy {record['entropy']:.3f} of at most {most:.3f}, spread of "
+                     f"features {record['spread']:.4f}; try a lower --lr or --teacher-temp, or --norm-last-layer")
+        if record["waiting"] > 0.2:
+            self.say(f"{record['waiting']:.0%} of the time went by waiting for data: try more --workers (now "
+                     f"{cfg.workers}), or smaller images; --benchmark 50 tells what is slow")
 
     def say(self, message, **how):
         if not self.quiet:
-            print(("\r\033[K" if self.terminal else "") + message, flush=True, **how)
+            print(self.clear + message, flush=True, **how)
+
+
+class Measured(Progress):
+    """In the place of `Progress`: keeps the laps of all steps but the first few, and says nothing."""
+    WARM_UP = 5
+
+    def update(self, done, *_):
+        if done == self.start + self.WARM_UP:
+            self.phases()
+        if done == self.cfg.max_steps:
+            self.seconds = self.phases()
+
+    def say(self, message, **how):
+        pass
+
+
+PHASES = {  # of a step: what it is, and what makes it shorter
+    "data": ("waiting for data", "more --workers, if cores are idle"),
+    "views": ("colours of the views", "fewer --local-views"),
+    "teacher": ("teacher", "--precision bf16 or --compile on a GPU, a smaller --arch"),
+    "student": ("student, forward", "--precision bf16 or --compile on a GPU, a smaller --arch"),
+    "loss": ("loss, forward", "a smaller --out-dim"),
+    "backward": ("backward", "--precision bf16 or --compile on a GPU, a smaller --arch or --out-dim"),
+    "update": ("clipping, optimizer, averages", "a larger --batch-size"),
+}
+
+
+def benchmark(cfg):
+    """--benchmark N: images per second of each part, where the time of a step goes, what to turn. Saves nothing."""
+    rank, world, device = start_processes(cfg)
+    images = load_images(cfg.data, "train", cfg.data_fraction)
+    per_step = cfg.batch_size * world
+    cfg.resume, cfg.max_steps = False, Measured.WARM_UP + cfg.benchmark
+    cfg.epochs = max(cfg.epochs, 1 + cfg.max_steps // max(1, len(images) // per_step))
+    rates, observers = {}, []
+
+    def observer(*args):
+        observers.append(Measured(*args))
+        return observers[-1]
+
+    with tempfile.TemporaryDirectory() as cfg.output:
+        train(cfg, observer=observer)
+        loader = iter(make_loader(images, cfg, rank, world, range(cfg.max_steps), max(1, len(images) // per_step)))
+        resident = [next(loader) for _ in range(Measured.WARM_UP)][-1]
+        began = time.perf_counter()
+        rates["data alone"] = sum(len(boxes) for _, _, boxes, _, _ in loader) * world / (time.perf_counter() - began)
+        resident = [x.to(device) for x in resident[:4]] + [resident[4]]
+        train(cfg, lambda *_: repeat(resident), observer)
+    together, alone = ({phase: 1000 * s / cfg.benchmark for phase, s in x.seconds.items()} for x in observers)
+    rates["views on the device alone"] = 1000 * per_step / alone["views"]
+    rates["step without waiting for data"] = 1000 * per_step / sum(alone.values())
+    rates["all together"] = 1000 * per_step / sum(together.values())
+    slowest = max(together, key=together.get)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    found = dict(arch=cfg.arch, matching=cfg.matching, processes=world, batch_size=cfg.batch_size, workers=cfg.workers,
+                 steps=cfg.benchmark, device=name, torch=torch.__version__, peak_gib=round(peak_memory(device), 2))
+    if rank:
+        return 0
+    print(", ".join(f"{key} {value}" for key, value in found.items()) + "\nimages/s")
+    for name, rate in rates.items():
+        print(f"  {name:30} {rate:8.0f}" + f"  ({cfg.workers} workers)" * (name == "data alone"))
+    print("ms of a step")
+    for phase, (name, _) in PHASES.items():
+        print(f"  {name:30} {together[phase]:8.1f}  {together[phase] / sum(together.values()):4.0%}")
+    print(f"longest: {PHASES[slowest][0]}; shorter with {PHASES[slowest][1]}")
+    print(json.dumps(found | dict(images_per_second=rates, milliseconds=together, longest=slowest)))
+    return 0
 
 
 def peak_memory(device):
@@ -942,14 +1138,24 @@ def peak_memory(device):
 
 def guarded(script, work):
     """Exit code of work(): its own, or 2 for bad input, or 1 for a failure of the system, each told in one line."""
+    rank, code, message = int(os.environ.get("RANK", 0)), 1, None
     try:
         code = work()
-    except (BadInput, OSError) as error:                    # OSError: no space or permission; checkpoints stay whole
-        code = 2 if isinstance(error, BadInput) else 1
-        if os.environ.get("RANK", "0") == "0":
-            # a worker process wraps its error in a traceback; the last part is the message
-            print(f"{script}: error: {str(error).split('BadInput: ')[-1].strip()}", file=sys.stderr)
+    except BadInput as error:
+        # a worker process wraps its error in a traceback, whose last part is the message; the others all know the error
+        code, message = 2, None if rank and "BadInput: " not in str(error) else str(error).split("BadInput: ")[-1]
         traceback.clear_frames(error.__traceback__)         # frees a loader in them, which then ends its workers
+    except (OSError, RuntimeError) as error:
+        known = {"DataLoader worker": "a process that cuts views died (too little memory? fewer --workers)",
+                 "onnection closed": "another process of this run died", "onnection reset": "another process died",
+                 "imed out": "another process did not answer"}
+        message = next((text for key, text in known.items() if key in str(error)), None)
+        if message is None and isinstance(error, RuntimeError):
+            raise                                           # a fault of the program: its traceback is wanted
+        message = f"{message or error}; the last checkpoint is whole: the same command continues there"
+        traceback.clear_frames(error.__traceback__)
+    if message:
+        print(f"{script}: error: {f'process {rank}: ' if rank else ''}{message.strip()}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
@@ -957,7 +1163,11 @@ def guarded(script, work):
 
 def main(argv=None):
     """Returns the exit code: 0 done, 1 failed, 2 bad input, 75 asked to stop (run it again to continue)."""
-    return guarded("gld.py", lambda: train(parse_arguments(argv)))
+    def work():
+        cfg = parse_arguments(argv)
+        return benchmark(cfg) if cfg.benchmark else train(cfg)
+
+    return guarded("gld.py", work)
 
 
 if __name__ == "__main__":
