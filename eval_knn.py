@@ -217,6 +217,15 @@ def evaluate(cfg):
         results[name] = dict(arch=backbone.arch, size=size, resize=round(size * 256 / 224)) | found
         print(f"{name:{width}}{backbone.arch} {size} px (crop of {results[name]['resize']})  "
               + "  ".join(f"{method} {a:.1f} / {b:.1f}" for method, (a, b) in found.items()), flush=True)
+    runs = {}                               # that differ in their seed only: mean and standard deviation
+    for path, _, _, options in loaded * (rank == 0):
+        same = {name: value for name, value in options.items() if name not in ("seed", "output")}
+        runs.setdefault(json.dumps(same), []).append((options.get("matching"), results[path]))
+    for same in runs.values():
+        if len(same) > 1:
+            figures = {key: np.array([found[key][0] for _, found in same]) for key in found if key[-2:] in ("NN", "ar")}
+            print(f"{f'{same[0][0]}, {len(same)} seeds':{width}}" + "  ".join(
+                f"{key} {x.mean():.2f} ± {x.std(ddof=1):.2f}" for key, x in figures.items()) + "  top-1, mean ± std")
     if cfg.json and rank == 0:
         Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -21,6 +21,7 @@ no patch is compared.
 Reading order: options, views, networks, loss, training. Below "the paper ends here" stands what is not the method.
 """
 import argparse
+import colorsys
 import contextlib
 import functools
 import io
@@ -46,7 +47,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
@@ -60,6 +61,7 @@ from matching_kernels import geometric_matches, head_cross_entropy, similarity_m
 
 ARCHS = ("conv_tiny", "vit_tiny", "vit_small", "vit_base", "swin_t", "swin_s", "swin_b", "resnet50")
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
+PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # mean and standard deviation of ImageNet's
 
 OPTIONS = (  # flag, value of --preset small, value of --preset paper, meaning
     ("matching", "geometric", "geometric", "which patches must agree: geometric, similarity or none (DINO)"),
@@ -200,7 +202,7 @@ def colour_views(cut, boxes, colour):
 
 def normalise(x):
     """x (N, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
-    mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    mean, std = x.new_tensor(PIXELS).view(2, 3, 1, 1)
     return (x - mean) / std
 
 
@@ -209,6 +211,11 @@ def normalise(x):
 def stride_of(arch, patch_size):
     """Side of a patch, pixels."""
     return patch_size if arch.startswith("vit") else 8 if arch == "conv_tiny" else 32
+
+
+def grids_of(cfg):
+    """(rows, cols) of the patches of a global and of a local view."""
+    return [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in (cfg.global_size, cfg.local_size)]
 
 
 class MeanOfAll(torch.autograd.Function):
@@ -464,7 +471,7 @@ def train(cfg, make_batches=None, observer=None):
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    grids = [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in (cfg.global_size, cfg.local_size)]
+    grids = grids_of(cfg)
     centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
     parameters = [p for p in student.parameters() if p.requires_grad]
     last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
@@ -476,6 +483,7 @@ def train(cfg, make_batches=None, observer=None):
     run = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
     start = restore(cfg, run, centers, options)
     if cfg.compile:
+        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is, and torch says so
         student.compile(), teacher.compile()
     ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
@@ -589,6 +597,7 @@ def parse_arguments(argv=None):
     add("--init-from", metavar="FILE", help="start from the student and teacher of this checkpoint.pt")
     add("--save-every", type=int, default=1, help="epochs between checkpoints (1)")
     add("--benchmark", type=int, metavar="N", help="measure N steps, tell where their time goes, save nothing")
+    add("--show-matches", metavar="FILE.png", help="draw which patches match in the first image, and end")
     add("--max-steps", type=int, help="stop after so many steps; the schedules stay as long as --epochs says")
     add("--seed", type=int, default=0, help="of the first weights and of all that is drawn (0)")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 10), help="processes that cut views, for each GPU")
@@ -770,7 +779,10 @@ def load_images(data, split, fraction=1.0, must_split=False):
             raise BadInput(f"--data cifar10: neither in ./data nor to be downloaded ({error})") from None
         images = Images(found.data, np.array(found.targets))
     elif root.exists():
-        if root.is_dir():
+        if root.suffix.lower() in IMAGE_SUFFIXES:
+            files, top = [(os.fsencode(root.name), 0, 0)], b""
+            root = root.parent
+        elif root.is_dir():
             part = root / split if (root / split).is_dir() else root
             files = [(os.fsencode(os.path.relpath(os.path.join(folder, name), root)), 0, 0)
                      for folder, _, names in os.walk(part, followlinks=True) for name in names]
@@ -972,7 +984,8 @@ def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
 class Progress:
     """One line that rewrites itself on a terminal, plain lines elsewhere; one object per epoch in log.jsonl."""
 
-    def __init__(self, cfg, images, rank, device, total_batch, start, steps, steps_per_epoch):
+    def __init__(self, cfg, images, rank=0, device=torch.device("cpu"), total_batch=1, start=0, steps=1,
+                 steps_per_epoch=1):
         self.cfg, self.images, self.quiet, self.device = cfg, images, rank > 0, device
         self.total_batch, self.start, self.steps, self.steps_per_epoch = total_batch, start, steps, steps_per_epoch
         self.began = self.shown = time.time()
@@ -1127,6 +1140,79 @@ def benchmark(cfg):
     return 0
 
 
+def show_matches(cfg):
+    """--show-matches FILE.png: draw which patches of the views of one image, the first of --data, are compared.
+
+    Returns: the picture and its panels, a list of (matching, teacher view, student view, left, top, side). Each row
+    has a teacher view, then student views. Number and frame of a patch are those of the teacher patch it matches; a
+    patch without a match is dark. Below geometric stands similarity, with the networks of --init-from.
+    """
+    dataset, grids = ViewDataset(load_images(cfg.data, "train"), cfg), grids_of(cfg)
+    batch = torch.utils.data.default_collate([dataset[0, 0]])
+    views, boxes, _ = next(views_on(torch.device("cpu"), [batch], Measured(cfg, dataset.images)))
+
+    def geometric(q, v):
+        return geometric_matches(boxes[v, 0], boxes[q, 0], grids[v >= 2], grids[0], cfg.hinge)
+
+    matchings = dict(geometric=geometric)
+    if cfg.init_from:
+        saved, features = load_file(cfg.init_from, "--init-from"), []
+        for name in ("student", "teacher"):
+            backbone = Backbone(cfg.arch, cfg.global_size, cfg.patch_size).eval()
+            state = {key[9:]: x for key, x in saved.get(name, {}).items() if key.startswith("backbone.")}
+            load_strictly(backbone, state, f"--init-from {cfg.init_from}, {name}")
+            with torch.no_grad():
+                features.append([x for same in views for x in backbone(same[:, 0])[1]])     # of a view: (N, C)
+        matchings["similarity"] = lambda q, v: (similarity_matches(features[0][v], features[1][q]),
+                                                torch.ones(len(features[0][v])))
+
+    shown = [x[0] * x.new_tensor(PIXELS[1]).view(3, 1, 1) + x.new_tensor(PIXELS[0]).view(3, 1, 1)
+             for same in views for x in same][:6]                                           # (3, S, S) as seen
+    original = TF.to_pil_image(dataset.images.read(0))
+    scale = min(700 / original.width, 300 / original.height)
+    original = original.resize([max(1, round(scale * side)) for side in original.size])
+    draw = ImageDraw.Draw(original)
+    for v, (top, left, height, width, flip) in reversed(list(enumerate((scale * boxes[:6, 0]).tolist()))):
+        draw.rectangle((left, top, left + width, top + height), outline=frame_colour(v, (2, 3)), width=2)
+        draw.text((left + 4, top + 3), f"{v} mirrored" if flip else f"{v}", "white", stroke_width=1, stroke_fill="black")
+    canvas = Image.new("RGB", (1200, 340 + 560 * len(matchings)), "white")
+    canvas.paste(original, (10, 10))
+    legend = ("Where the views were cut: 0 and 1 are global, the others local.\n\n"
+              "Below, left: a view as the teacher sees it.\nRight of it: the others, as the student sees them.\n"
+              "Number and frame: the teacher patch that a patch\nis compared with. Dark: it is compared with none.")
+    ImageDraw.Draw(canvas).text((730, 20), legend, fill="black")
+    panels = []
+    for row, (name, q) in enumerate((name, q) for name in matchings for q in (0, 1)):
+        left, top = 10, 370 + 280 * row
+        ImageDraw.Draw(canvas).text((left, top - 30), f"{name} matching with view {q}", fill="black")
+        for v in (q, *(v for v in range(len(shown)) if v != q)):
+            side, (rows, cols) = 230 if v < 2 else 160, grids[v >= 2]
+            index, weight = (range(rows * cols), [1] * rows * cols) if v == q else matchings[name](q, v)
+            panel = TF.to_pil_image(shown[v].clamp(0, 1)).resize((side, side), Image.Resampling.NEAREST)
+            for n, (match, matched) in enumerate(zip(index, weight)):
+                x, y = side * (n % cols) // cols, side * (n // cols) // rows
+                patch = (x, y, side * (n % cols + 1) // cols, side * (n // cols + 1) // rows)
+                if not matched:
+                    panel.paste(panel.crop(patch).point(lambda value: value // 4), patch)
+                    continue
+                colour = frame_colour(int(match), grids[0])
+                ImageDraw.Draw(panel).rectangle((x + 1, y + 1, patch[2] - 2, patch[3] - 2), outline=colour, width=2)
+                ImageDraw.Draw(panel).text((x + 6, y + 4), str(int(match)), "white", stroke_width=1, stroke_fill="black")
+            canvas.paste(panel, (left, top))
+            label = f"view {v}" + ", mirrored" * bool(boxes[v, 0, 4]) + ", the teacher's" * (v == q)
+            ImageDraw.Draw(canvas).text((left, top - 14), label, fill="black")
+            panels.append((name, q, v, left, top, side))
+            left += side + 10
+    return canvas, panels
+
+
+def frame_colour(n, grid):
+    """A bright colour for patch n of a grid: its column gives the hue, its row the strength."""
+    rows, cols = grid
+    red, green, blue = colorsys.hsv_to_rgb(n % cols / cols, 1 - 0.6 * (n // cols) / rows, 1)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
 def peak_memory(device):
     """GiB: of the GPU's allocator, or of this process where the system tells."""
     if device.type == "cuda":
@@ -1165,6 +1251,13 @@ def main(argv=None):
     """Returns the exit code: 0 done, 1 failed, 2 bad input, 75 asked to stop (run it again to continue)."""
     def work():
         cfg = parse_arguments(argv)
+        if cfg.show_matches:
+            picture, _ = show_matches(cfg)
+            try:
+                picture.save(cfg.show_matches)
+            except (OSError, ValueError) as error:
+                raise BadInput(f"--show-matches {cfg.show_matches}: {error}") from None
+            return 0
         return benchmark(cfg) if cfg.benchmark else train(cfg)
 
     return guarded("gld.py", work)
