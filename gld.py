@@ -1168,13 +1168,14 @@ def show_matches(cfg):
 
     shown = [x[0] * x.new_tensor(PIXELS[1]).view(3, 1, 1) + x.new_tensor(PIXELS[0]).view(3, 1, 1)
              for same in views for x in same][:6]                                           # (3, S, S) as seen
+    outlined = dict(fill="white", stroke_width=1, stroke_fill="black")
     original = TF.to_pil_image(dataset.images.read(0))
     scale = min(700 / original.width, 300 / original.height)
     original = original.resize([max(1, round(scale * side)) for side in original.size])
     draw = ImageDraw.Draw(original)
     for v, (top, left, height, width, flip) in reversed(list(enumerate((scale * boxes[:6, 0]).tolist()))):
         draw.rectangle((left, top, left + width, top + height), outline=frame_colour(v, (2, 3)), width=2)
-        draw.text((left + 4, top + 3), f"{v} mirrored" if flip else f"{v}", "white", stroke_width=1, stroke_fill="black")
+        draw.text((left + 4, top + 3), f"{v} mirrored" if flip else f"{v}", **outlined)
     canvas = Image.new("RGB", (1200, 340 + 560 * len(matchings)), "white")
     canvas.paste(original, (10, 10))
     legend = ("Where the views were cut: 0 and 1 are global, the others local.\n\n"
@@ -1197,7 +1198,7 @@ def show_matches(cfg):
                     continue
                 colour = frame_colour(int(match), grids[0])
                 ImageDraw.Draw(panel).rectangle((x + 1, y + 1, patch[2] - 2, patch[3] - 2), outline=colour, width=2)
-                ImageDraw.Draw(panel).text((x + 6, y + 4), str(int(match)), "white", stroke_width=1, stroke_fill="black")
+                ImageDraw.Draw(panel).text((x + 6, y + 4), str(int(match)), **outlined)
             canvas.paste(panel, (left, top))
             label = f"view {v}" + ", mirrored" * bool(boxes[v, 0, 4]) + ", the teacher's" * (v == q)
             ImageDraw.Draw(canvas).text((left, top - 14), label, fill="black")
