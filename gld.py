@@ -1119,7 +1119,7 @@ def benchmark(cfg):
         rates["data alone"] = sum(len(boxes) for _, _, boxes, _, _ in loader) * world / (time.perf_counter() - began)
         resident = [x.to(device) for x in resident[:4]] + [resident[4]]
         train(cfg, lambda *_: repeat(resident), observer)
-    together, alone = ({phase: 1000 * s / cfg.benchmark for phase, s in x.seconds.items()} for x in observers)
+    together, alone = ({phase: 1000 * x.seconds.get(phase, 0) / cfg.benchmark for phase in PHASES} for x in observers)
     rates["views on the device alone"] = 1000 * per_step / alone["views"]
     rates["step without waiting for data"] = 1000 * per_step / sum(alone.values())
     rates["all together"] = 1000 * per_step / sum(together.values())
@@ -1234,12 +1234,12 @@ def guarded(script, work):
         traceback.clear_frames(error.__traceback__)         # frees a loader in them, which then ends its workers
     except (OSError, RuntimeError) as error:
         known = {"DataLoader worker": "a process that cuts views died (too little memory? fewer --workers)",
-                 "onnection closed": "another process of this run died", "onnection reset": "another process died",
-                 "imed out": "another process did not answer"}
-        message = next((text for key, text in known.items() if key in str(error)), None)
+                 "onnection ": "another process of this run died", "imed out": "another process did not answer"}
+        message = next((f"{text}; the same command continues from the last checkpoint"
+                        for key, text in known.items() if key in str(error)), None)
         if message is None and isinstance(error, RuntimeError):
             raise                                           # a fault of the program: its traceback is wanted
-        message = f"{message or error}; the last checkpoint is whole: the same command continues there"
+        message = message or str(error)
         traceback.clear_frames(error.__traceback__)
     if message:
         print(f"{script}: error: {f'process {rank}: ' if rank else ''}{message.strip()}", file=sys.stderr)

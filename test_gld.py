@@ -1104,12 +1104,16 @@ def test_the_picture_joins_patches_that_show_the_same_place(tmp_path, monkeypatc
         assert picture.shape[1] == 1200 and len(panels) == 2 * 6
 
         def patches(v, left, top, side):
-            """Frame colour, and place (x, y) in the image by the colour at its centre, of every patch of a panel."""
+            """Frame colour, and place (x, y) in the image by the colours around its centre, of a panel's patches."""
             n = gld.grids_of(cfg)[v >= 2][0]
             for row in range(n):
                 for col in range(n):
                     y, x = top + side * row // n, left + side * col // n
-                    yield tuple(picture[y + 2, x + 2]), picture[y + side // n // 2, x + side // n // 2, :2] / 2
+                    near, far = round(0.2 * side / n), round(0.8 * side / n)  # the number stands in the upper left
+                    yield (
+                        tuple(picture[y + 2, x + 2]),
+                        (picture[y + near, x + far] + picture[y + far, x + near])[:2] / 4,
+                    )
 
         teachers = {q: dict(patches(v, *at)) for _, q, v, *at in panels if v == q}
         assert all(len(teacher) == 64 for teacher in teachers.values())  # frames tell the patches apart
@@ -1122,7 +1126,7 @@ def test_the_picture_joins_patches_that_show_the_same_place(tmp_path, monkeypatc
                 assert math.dist(place, teachers[q][frame]) < 0.5**0.5 * max(cells) + 2, (seed, q, v)
                 flips.add((bool(boxes[q, 4]), bool(boxes[v, 4])))
                 joined += 1
-    assert len(flips) == 4 and joined > 1000 and dark > 50
+    assert len(flips) == 4 and joined > 700 and dark > 50
 
 
 def test_the_picture_of_similarity_needs_networks(tmp_path):
@@ -1524,7 +1528,7 @@ state, gld.Network, gld.distillation_loss = {}, build, poisoned
 code = gld.main(sys.argv[1:])
 now = {f"{i}.{k}": v for i, net in enumerate(nets) for k, v in net.named_parameters()} | dict(c=centers[0])
 assert seen == [3] and len(state) > 20 and all(torch.equal(now[k], v) for k, v in state.items()), "touched"
-print("untouched", code, flush=True)
+os.write(1, b"untouched %d " % code)
 sys.exit(code)
 """
     for where, words in (("loss", "local loss is nan at step 2"), ("gradient", "gradient is nan at step 2")):
@@ -1595,7 +1599,7 @@ def test_a_dead_rank_ends_the_job_or_restarts_it(tmp_path, restarts):
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
     if not restarts:
-        assert process.returncode == 1 and "another process of this run died" in said, said
+        assert process.returncode == 1 and "error: another process of this run died" in said, said
     else:
         assert process.returncode == 0 and re.search("from step (15|30|45)", said), said
         one = run(f"gld.py {QUICK.replace('size 8', 'size 16')} --epochs 4 --output one", tmp_path)
