@@ -427,16 +427,16 @@ def clip_gradients(parameters, max_norm):
     return norms.norm()
 
 
-def views_on(device, loader, progress):
+def views_on(device, loader, lap=lambda phase: None):
     """The loader's batches, on the device: (views, a list with one tensor (v, B, 3, H, W) per size; boxes (V, B, 5);
     the numbers of the images that could not be read)."""
     for *batch, unreadable in loader:
-        progress.lap("data")
+        lap("data")
         global_cut, local_cut, boxes, colour = (x.to(device, non_blocking=True) for x in batch)
         views = [colour_views(global_cut, boxes[:, :2], colour[:, :2])]
         if local_cut.numel():
             views.append(colour_views(local_cut, boxes[:, 2:], colour[:, 2:]))
-        progress.lap("views")
+        lap("views")
         yield views, boxes.transpose(0, 1), [i for i in unreadable.tolist() if i >= 0]
 
 
@@ -491,7 +491,7 @@ def train(cfg, make_batches=None, observer=None):
     if start >= stop_at:
         progress.say(f"nothing left to do: {start} steps are done, and --epochs or --max-steps asks for no more")
     loader = (make_batches or make_loader)(images, cfg, rank, world, range(start, stop_at), steps_per_epoch)
-    batches = views_on(device, loader, progress)
+    batches = views_on(device, loader, progress.lap)
     batch, done, saved = next(batches, None), start, True
     for step in range(start, stop_at):
         epoch = step // steps_per_epoch
@@ -984,8 +984,7 @@ def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
 class Progress:
     """One line that rewrites itself on a terminal, plain lines elsewhere; one object per epoch in log.jsonl."""
 
-    def __init__(self, cfg, images, rank=0, device=torch.device("cpu"), total_batch=1, start=0, steps=1,
-                 steps_per_epoch=1):
+    def __init__(self, cfg, images, rank, device, total_batch, start, steps, steps_per_epoch):
         self.cfg, self.images, self.quiet, self.device = cfg, images, rank > 0, device
         self.total_batch, self.start, self.steps, self.steps_per_epoch = total_batch, start, steps, steps_per_epoch
         self.began = self.shown = time.time()
@@ -1149,7 +1148,7 @@ def show_matches(cfg):
     """
     dataset, grids = ViewDataset(load_images(cfg.data, "train"), cfg), grids_of(cfg)
     batch = torch.utils.data.default_collate([dataset[0, 0]])
-    views, boxes, _ = next(views_on(torch.device("cpu"), [batch], Measured(cfg, dataset.images)))
+    views, boxes, _ = next(views_on(torch.device("cpu"), [batch]))
 
     def geometric(q, v):
         return geometric_matches(boxes[v, 0], boxes[q, 0], grids[v >= 2], grids[0], cfg.hinge)

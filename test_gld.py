@@ -1131,9 +1131,10 @@ def test_the_picture_joins_patches_that_show_the_same_place(tmp_path, monkeypatc
 
 def test_the_picture_of_similarity_needs_networks(tmp_path):
     save_pictures(tmp_path / "data", 2)
-    assert run(f"gld.py {QUICK} --max-steps 1", tmp_path).returncode == 0
     options = "gld.py --data data --preset small --workers 0 --show-matches"
     assert run(f"{options} one.png", tmp_path).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "one.png"]
+    assert run(f"gld.py {QUICK} --max-steps 1", tmp_path).returncode == 0
     assert run(f"{options} two.png --init-from output/checkpoint.pt", tmp_path).returncode == 0
     sizes = [Image.open(tmp_path / name).size for name in ("one.png", "two.png")]
     assert sizes[0][0] == sizes[1][0] == 1200 and sizes[1][1] > sizes[0][1]
