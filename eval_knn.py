@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from gld import (ARCHS, BadInput, Backbone, Parser, guarded, load_file, load_images, load_strictly,
                  normalise, start_processes)
 
+EACH_RUNS_OWN = ("seed", "output", "resume", "workers", "device", "save_every")    # not alike in runs to average
 CHUNK_BYTES = 2 ** 28                   # of similarities at a time, so that memory does not grow with the test set
 
 
@@ -42,6 +43,8 @@ def parse_arguments(argv=None):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--json", metavar="FILE", help="write settings and figures there too")
     cfg = parser.parse_args(argv)
+    if cfg.json and not os.access(Path(cfg.json).absolute().parent, os.W_OK):
+        raise BadInput(f"--json {cfg.json}: cannot be written there")
     if min(cfg.k) < 1 or not cfg.temperature > 0 or cfg.batch_size < 1 or cfg.workers < 0:
         raise BadInput("--k and --batch-size must be at least 1, --temperature > 0, --workers not negative")
     return cfg
@@ -52,6 +55,8 @@ def load_backbone(path, weights="teacher"):
     state = load_file(path, "--checkpoint")
     options = state.get("options", {}) if isinstance(state, dict) else {}
     if options:
+        if options.get("arch") not in ARCHS or not isinstance(state.get(weights), dict):
+            raise BadInput(f"--checkpoint {path}: no whole checkpoint of gld.py")
         backbone = Backbone(options["arch"], options["global_size"], options["patch_size"])
         state = {k.removeprefix("backbone."): v for k, v in state[weights].items() if k.startswith("backbone.")}
         load_strictly(backbone, state, f"--checkpoint {path}")
@@ -187,6 +192,8 @@ def evaluate(cfg):
     rank, world, device = start_processes(cfg)
     loaded = [(path, *load_backbone(path, cfg.weights)) for path in cfg.checkpoint]         # all, before any work
     _, first, size, options = loaded[0]
+    if len({of.get("data_fraction", 1) for *_, of in loaded}) > 1:
+        raise BadInput("--checkpoint: trained on different --data-fraction; score them one by one")
     data = cfg.data or options.get("data")
     if not data:
         raise BadInput(f"--data is needed: {cfg.checkpoint[0]} does not say what it was trained on")
@@ -203,30 +210,35 @@ def evaluate(cfg):
     results = dict(data=data, train=len(images[0]), val=len(images[1]), weights=cfg.weights,
                    temperature=cfg.temperature)
     if rank == 0:
-        print(f"{data}: {len(images[0])} train, {len(images[1])} val; {cfg.weights} weights, temperature "
+        part = f" ({options['data_fraction']:g} of each class)" if options.get("data_fraction", 1) < 1 else ""
+        print(f"{data}: {len(images[0])} train{part}, {len(images[1])} val; {cfg.weights} weights, temperature "
               f"{cfg.temperature}; top-1 / top-5 %")
-    width = max(len(name) for name, *_ in networks) + 2
-    for name, size, backbone, network in networks:
+    features = []                           # of all networks first: scoring takes the time of process 0 alone
+    for _, size, backbone, network in networks:
         backbone.to(device).eval()
-        features = [extract(lambda x: network(backbone, x), part, size, cfg, device, rank, world) for part in images]
-        if rank:
-            continue
-        args = features[0], labels[0], features[1], labels[1]
+        features.append([extract(lambda x: network(backbone, x), part, size, cfg, device, rank, world).cpu()
+                         for part in images])
+        backbone.cpu()
+    if rank:
+        return 0
+    width = max(len(name) for name, *_ in networks) + 2
+    for (name, size, backbone, _), (train, val) in zip(networks, features):
+        args = train.to(device), labels[0], val.to(device), labels[1]
         found = {f"{k}-NN": top for k, top in knn(*args, cfg.k, cfg.temperature).items()}
         found |= {"linear": linear_probe(*args)} if cfg.linear else {}
         results[name] = dict(arch=backbone.arch, size=size, resize=round(size * 256 / 224)) | found
         print(f"{name:{width}}{backbone.arch} {size} px (crop of {results[name]['resize']})  "
               + "  ".join(f"{method} {a:.1f} / {b:.1f}" for method, (a, b) in found.items()), flush=True)
     runs = {}                               # that differ in their seed only: mean and standard deviation
-    for path, _, _, options in loaded * (rank == 0):
-        same = {name: value for name, value in options.items() if name not in ("seed", "output")}
-        runs.setdefault(json.dumps(same), []).append((options.get("matching"), results[path]))
-    for same in runs.values():
-        if len(same) > 1:
-            figures = {key: np.array([found[key][0] for _, found in same]) for key in found if key[-2:] in ("NN", "ar")}
-            print(f"{f'{same[0][0]}, {len(same)} seeds':{width}}" + "  ".join(
-                f"{key} {x.mean():.2f} ± {x.std(ddof=1):.2f}" for key, x in figures.items()) + "  top-1, mean ± std")
-    if cfg.json and rank == 0:
+    for path, _, _, options in loaded:
+        same = {name: value for name, value in options.items() if name not in EACH_RUNS_OWN}
+        runs.setdefault(json.dumps(same), {})[path] = results[path]
+    for same, members in runs.items():
+        if len(members) > 1 and same != "{}":
+            print(f"{json.loads(same)['matching'] + f', {len(members)} seeds':{width}}" + "  ".join(
+                f"{key} {np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}" for key in found
+                for top1 in [[member[key][0] for member in members.values()]]) + "  top-1, mean ± std")
+    if cfg.json:
         Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

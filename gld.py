@@ -21,7 +21,6 @@ no patch is compared.
 Reading order: options, views, networks, loss, training. Below "the paper ends here" stands what is not the method.
 """
 import argparse
-import colorsys
 import contextlib
 import functools
 import io
@@ -133,9 +132,15 @@ def cut_views(image, cfg):
     return cut(boxes[:2], cfg.global_size), cut(boxes[2:], cfg.local_size), boxes, colour
 
 
+@functools.cache
+def of_channels(values, device):
+    """A number for each channel, (3, 1, 1). Made once: to copy it to a GPU is to wait for all that is queued there."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def to_grey(x):
     """(N, 3, H, W) -> (N, 1, H, W) luma."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return (x * of_channels((0.2989, 0.587, 0.114), x.device)).sum(1, keepdim=True)
 
 
 def shift_hue(x, shift):
@@ -145,7 +150,7 @@ def shift_hue(x, shift):
     r, g, b = x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = (hue + 6 * shift[:, None, None])[:, None] + x.new_tensor([5, 3, 1]).view(3, 1, 1)   # (N, 3, H, W)
+    k = (hue + 6 * shift[:, None, None])[:, None] + of_channels((5.0, 3.0, 1.0), x.device)  # (N, 3, H, W)
     k = k % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -202,7 +207,7 @@ def colour_views(cut, boxes, colour):
 
 def normalise(x):
     """x (N, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
-    mean, std = x.new_tensor(PIXELS).view(2, 3, 1, 1)
+    mean, std = (of_channels(values, x.device) for values in PIXELS)
     return (x - mean) / std
 
 
@@ -482,6 +487,8 @@ def train(cfg, make_batches=None, observer=None):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     run = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
     start = restore(cfg, run, centers, options)
+    if all_mean(torch.tensor(start, dtype=torch.float64, device=device)).item() != start:
+        raise BadInput(f"--output {cfg.output}: not all processes see the same checkpoint there; it must be shared")
     if cfg.compile:
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is, and torch says so
         student.compile(), teacher.compile()
@@ -527,11 +534,11 @@ def train(cfg, make_batches=None, observer=None):
         means = teacher_means(teacher_out)
         told = torch.tensor([len(asked_to_stop), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
         told = all_mean(torch.cat([torch.stack([whole.detach(), local.detach()]), told, means.flatten()]))
-        figures = read_later(torch.cat([told[:4], norm[None]]))
+        figures = read_later(torch.cat([told[:4], told[4:].sum()[None], norm[None]]))
         progress.lap("update")
         batch = next(batches, None)                         # the GPU has the next views to colour while we wait here:
-        whole, local, stop, lost, norm = figures()          # the only wait for the GPU
-        for term, value in {"global loss": whole, "local loss": local, "gradient": norm}.items():
+        whole, local, stop, lost, mean, norm = figures()    # the only wait for the GPU
+        for term, value in {"global loss": whole, "local loss": local, "teacher": mean, "gradient": norm}.items():
             if not math.isfinite(value) and not (term == "gradient" and scaler.is_enabled()):   # fp16 skips such steps
                 progress.say(f"gld.py: stopped: the {term} is {value} at step {step}, lr {lr:.3g}; the last checkpoint "
                              "is as it was, a lower --lr may help", file=sys.stderr)
@@ -539,16 +546,17 @@ def train(cfg, make_batches=None, observer=None):
 
         scaler.step(optimizer)
         scaler.update()
-        # the centres follow the mean teacher logits of this step, over all images, global views, patches and processes
-        centers.lerp_(mean_logits(teacher_out, told[4:].view_as(means)), 1 - CENTER_MOMENTUM)
-        # the teacher follows the student; batch norm's statistics (if any) are the teacher's own
-        torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+        with torch.no_grad():
+            # the centres follow this step's mean teacher logits, over all images, global views, patches and processes
+            centers.lerp_(mean_logits(teacher_out, told[4:].view_as(means)), 1 - CENTER_MOMENTUM)
+            # the teacher follows the student; batch norm's statistics (if any) are the teacher's own
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
         progress.lap("update")
 
         done = step + 1
         progress.update(done, dict(loss_global=whole, loss_local=local, grad_norm=norm), lr, round(lost * world),
                         unreadable, lambda: diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg))
-        if stop or done == stop_at or done % (cfg.save_every * steps_per_epoch) == 0:
+        if (stop or done == stop_at or done % (cfg.save_every * steps_per_epoch) == 0) and not cfg.benchmark:
             saved = save(cfg, run, centers, done, options, rank, progress.say)
         if stop:
             break
@@ -609,7 +617,8 @@ def parse_arguments(argv=None):
     cfg.preset = cfg.preset or ("small" if cfg.data in NAMED_SETS else "paper")
     for flag, small, paper, _ in OPTIONS:
         name = flag.replace("-", "_")
-        setattr(cfg, name, getattr(cfg, name, small if cfg.preset == "small" else paper))
+        value = getattr(cfg, name, small if cfg.preset == "small" else paper)
+        setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
     check_arguments(cfg)
     return cfg
 
@@ -652,6 +661,8 @@ def start_processes(cfg):
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if cfg.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -851,7 +862,7 @@ def draw_shapes(n, seed, size=48):
 
 
 class ViewDataset(torch.utils.data.Dataset):
-    """(epoch, i) -> `cut_views` of image i, and -1 or the number of an unreadable image that another one replaced.
+    """(epoch, i) -> `cut_views` of image i, and -1; or those of another image, and i, if i cannot be read.
 
     All of it is a function of the seed, the epoch and i, not of the process or of what it did before.
     """
@@ -867,10 +878,11 @@ class ViewDataset(torch.utils.data.Dataset):
             try:
                 image = self.images.read(i)
                 break
-            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):
-                unreadable, i = i, int(rng.integers(len(self.images)))
+            except Exception:                               # decoders raise all kinds of errors for broken files
+                unreadable = i if unreadable < 0 else unreadable
+                i = int(rng.integers(len(self.images)))
         if image is None:
-            raise BadInput(f"--data: 100 files in a row cannot be read, the last is {self.images.name(unreadable)}")
+            raise BadInput(f"--data: 100 files in a row cannot be read, the first is {self.images.name(unreadable)}")
         state = torch.get_rng_state()                       # of the CPU; torch.manual_seed would start the GPU
         torch.default_generator.manual_seed(int(rng.integers(2 ** 62)))
         views = cut_views(image, self.cfg)
@@ -889,8 +901,9 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
             first = (at * world + rank) * cfg.batch_size
             yield [(epoch, i) for i in order[first:first + cfg.batch_size].tolist()]
 
+    pin = cfg.device != "cpu" and torch.cuda.is_available()
     return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals)
+                                       pin_memory=pin, worker_init_fn=outlive_signals)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -899,18 +912,21 @@ def load_file(path, flag):
     """A checkpoint as data: nothing in it is run. Raises BadInput for a file that is no whole, harmless checkpoint."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):                # the official checkpoints hold one
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{flag} {path}: there is no such file") from None
     except Exception:                                       # torch raises many kinds for a file that is not its own
         raise BadInput(f"{flag} {path}: damaged, no checkpoint, or one that would run code when loaded") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{flag} {path}: holds a {type(content).__name__}, not the state of a network")
+    return content
 
 
 def load_strictly(module, state, what):
     """load_state_dict whose complaint, the keys that do not fit, is one line. Raises BadInput."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -926,7 +942,7 @@ def restore(cfg, run, centers, options):
                 load_strictly(run[name], saved[name], f"--init-from {cfg.init_from}, {name}")
         return 0
     saved = load_file(path, "--output")
-    if not isinstance(saved, dict) or "options" not in saved:
+    if not isinstance(saved.get("options"), dict) or not {*run, "centers", "step"} <= saved.keys():
         raise BadInput(f"--output {cfg.output}: checkpoint.pt is none of gld.py's; give another, or --no-resume")
     for name, before in saved["options"].items():
         if name not in FREE_OPTIONS and before != options.get(name, before):
@@ -934,7 +950,8 @@ def restore(cfg, run, centers, options):
             raise BadInput(f"{flag}: {options[name]} here, but {path} was made with {before}; give the same to "
                            "continue, or another --output, or --no-resume")
     for name, part in run.items():
-        part.load_state_dict(saved[name])
+        if saved[name]:                                     # there is no scaler's state but for fp16
+            load_strictly(part, saved[name], f"{path}, {name}")
     centers.copy_(saved["centers"])
     return saved["step"]
 
@@ -942,26 +959,27 @@ def restore(cfg, run, centers, options):
 def save(cfg, run, centers, step, options, rank, say):
     """Write checkpoint.pt and backbone.pt; a new file takes the old one's place only once it is whole and on disk.
 
-    Returns: whether that worked. If not (no space, say), the files are as they were, and training can go on.
+    Returns, on all processes once it is done: whether that worked. If not (no space, say), training can go on.
     """
-    if rank:
-        return True
     state = {name: part.state_dict() for name, part in run.items()}
     state |= dict(centers=centers, step=step, options=options)
-    for name, content in (("checkpoint", state), ("backbone", run["teacher"].backbone.net.state_dict())):
-        path = Path(cfg.output, name + ".pt")
-        try:
+    backbone = {name: x.cpu() for name, x in run["teacher"].backbone.net.state_dict().items()}
+    failed = torch.zeros(1, device=centers.device)
+    try:
+        for name, content in (("checkpoint", state), ("backbone", backbone)) * (rank == 0):
+            path = Path(cfg.output, name + ".pt")
             with open(path.with_suffix(".tmp"), "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path.with_suffix(".tmp"), path)
-        except (OSError, RuntimeError) as error:            # torch tells of a full disk by a RuntimeError
-            path.with_suffix(".tmp").unlink(missing_ok=True)
-            say(f"gld.py: cannot write {path} at step {step} ({' '.join(str(error).split())[:100]}); what was there is "
-                "kept, and the next save tries again", file=sys.stderr)
-            return False
-    return True
+    except (OSError, RuntimeError) as error:                # torch tells of a full disk by a RuntimeError
+        say(f"gld.py: cannot write {path} at step {step} ({' '.join(str(error).split())[:100]}); what was there is "
+            "kept, and the next save tries again", file=sys.stderr)
+        failed += 1
+        with contextlib.suppress(OSError):
+            path.with_suffix(".tmp").unlink()
+    return not all_mean(failed).item()
 
 
 # ------------------------------------------------------------------------------------------------ progress
@@ -1028,8 +1046,8 @@ class Progress:
         if self.lost > max(1, self.steps_per_epoch * self.total_batch // 100):
             raise BadInput(f"--data {self.cfg.data}: {self.lost} images of one epoch cannot be read, more than 1 %")
         self.count += 1
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        for name, value in figures.items():                 # fp16 has steps with an infinite gradient, and skips them
+            self.sums[name] = self.sums.get(name, 0) + (value if math.isfinite(value) else 0)
         now, ended = time.time(), done % self.steps_per_epoch == 0 or done in (self.steps, self.cfg.max_steps)
         if ended or done == self.start + 1 or now - self.shown > (0.5 if self.clear else 30):
             seconds = self.phases()
@@ -1111,7 +1129,8 @@ def benchmark(cfg):
         return observers[-1]
 
     with tempfile.TemporaryDirectory() as cfg.output:
-        train(cfg, observer=observer)
+        if code := train(cfg, observer=observer):
+            return code
         loader = iter(make_loader(images, cfg, rank, world, range(cfg.max_steps), max(1, len(images) // per_step)))
         resident = [next(loader) for _ in range(Measured.WARM_UP)][-1]
         began = time.perf_counter()
@@ -1165,10 +1184,13 @@ def show_matches(cfg):
         matchings["similarity"] = lambda q, v: (similarity_matches(features[0][v], features[1][q]),
                                                 torch.ones(len(features[0][v])))
 
-    shown = [x[0] * x.new_tensor(PIXELS[1]).view(3, 1, 1) + x.new_tensor(PIXELS[0]).view(3, 1, 1)
-             for same in views for x in same][:6]                                           # (3, S, S) as seen
+    mean, std = (of_channels(values, boxes.device) for values in PIXELS)
+    shown = [x[0] * std + mean for same in views for x in same][:6]                         # (3, S, S) as seen
     outlined = dict(fill="white", stroke_width=1, stroke_fill="black")
-    original = TF.to_pil_image(dataset.images.read(0))
+    try:
+        original = TF.to_pil_image(dataset.images.read(0))
+    except Exception:
+        raise BadInput(f"--data: {dataset.images.name(0)} cannot be read") from None
     scale = min(700 / original.width, 300 / original.height)
     original = original.resize([max(1, round(scale * side)) for side in original.size])
     draw = ImageDraw.Draw(original)
@@ -1197,7 +1219,8 @@ def show_matches(cfg):
                     continue
                 colour = frame_colour(int(match), grids[0])
                 ImageDraw.Draw(panel).rectangle((x + 1, y + 1, patch[2] - 2, patch[3] - 2), outline=colour, width=2)
-                ImageDraw.Draw(panel).text((x + 6, y + 4), str(int(match)), **outlined)
+                if side >= 22 * cols:
+                    ImageDraw.Draw(panel).text((x + 6, y + 4), str(int(match)), **outlined)
             canvas.paste(panel, (left, top))
             label = f"view {v}" + ", mirrored" * bool(boxes[v, 0, 4]) + ", the teacher's" * (v == q)
             ImageDraw.Draw(canvas).text((left, top - 14), label, fill="black")
@@ -1209,8 +1232,7 @@ def show_matches(cfg):
 def frame_colour(n, grid):
     """A bright colour for patch n of a grid: its column gives the hue, its row the strength."""
     rows, cols = grid
-    red, green, blue = colorsys.hsv_to_rgb(n % cols / cols, 1 - 0.6 * (n // cols) / rows, 1)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    return f"hsv({360 * (n % cols) // cols}, {100 - 60 * (n // cols) // rows}%, 100%)"
 
 
 def peak_memory(device):
@@ -1224,27 +1246,31 @@ def peak_memory(device):
 
 def guarded(script, work):
     """Exit code of work(): its own, or 2 for bad input, or 1 for a failure of the system, each told in one line."""
-    rank, code, message = int(os.environ.get("RANK", 0)), 1, None
+    rank = int(os.environ.get("RANK", 0))
     try:
         code = work()
-    except BadInput as error:
-        # a worker process wraps its error in a traceback, whose last part is the message; the others all know the error
-        code, message = 2, None if rank and "BadInput: " not in str(error) else str(error).split("BadInput: ")[-1]
-        traceback.clear_frames(error.__traceback__)         # frees a loader in them, which then ends its workers
-    except (OSError, RuntimeError) as error:
-        known = {"DataLoader worker": "a process that cuts views died (too little memory? fewer --workers)",
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+    except (BadInput, OSError, RuntimeError) as error:
+        # a worker process wraps its error in a traceback, whose last part is the message
+        message = str(error).split("BadInput: ")[-1].strip()
+        bad_input = isinstance(error, BadInput)
+        known = {"DataLoader worker (pid": "a process that cuts views died: too little memory (fewer --workers?) or "
+                                           "too little shared memory (docker --shm-size)",
                  "onnection ": "another process of this run died", "imed out": "another process did not answer"}
-        message = next((f"{text}; the same command continues from the last checkpoint"
-                        for key, text in known.items() if key in str(error)), None)
-        if message is None and isinstance(error, RuntimeError):
-            raise                                           # a fault of the program: its traceback is wanted
-        message = message or str(error)
-        traceback.clear_frames(error.__traceback__)
-    if message:
-        print(f"{script}: error: {f'process {rank}: ' if rank else ''}{message.strip()}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+        for key, text in known.items():
+            if key in message and not bad_input and (dist.is_initialized() or "worker" in key):
+                message = f"{text}; the same command continues from the last checkpoint"
+                break
+        else:
+            if isinstance(error, RuntimeError):
+                raise                                       # a fault of the program: its traceback is wanted
+        # bad input that every process meets is told once a node
+        if not (bad_input and os.environ.get("LOCAL_RANK", "0") != "0" and "in DataLoader worker" not in str(error)):
+            print(f"{script}: error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)         # frees a loader in them, which then ends its workers
+        return 2 if bad_input else 1
 
 
 def main(argv=None):
