@@ -568,7 +568,7 @@ def train(cfg, make_batches=None, observer=None):
 
 
 # ======================================================================================= the paper ends here
-# What follows is not the method: arguments, processes, images, the built-in set, checkpoints, progress, main.
+# What follows is not the method: arguments, processes, images, checkpoints, progress, benchmark, picture, main.
 
 NAMED_SETS = ("shapes", "cifar10")
 CONTINUE_ME = 75                    # exit code of a run that was asked to stop and can go on (sysexits' EX_TEMPFAIL)
@@ -1089,6 +1089,8 @@ class Progress:
         if not self.quiet:
             print(self.clear + message, flush=True, **how)
 
+
+# ------------------------------------------------------------------------------------------------ measuring, showing
 
 class Measured(Progress):
     """In the place of `Progress`: keeps the laps of all steps but the first few, and says nothing."""
