@@ -1962,7 +1962,7 @@ def test_the_readmes_commands_run(tmp_path):
             for i in range(2):
                 pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "IMAGES" / split / name / f"{i}.png")
-    shorter = "--batch-size 2 --workers 0 --max-steps 1 --global-size 32 --local-size 32 --local-views 1 --out-dim 64"
+    shorter = "--no-resume --batch-size 2 --workers 0 --max-steps 1 --global-size 32 --local-size 32 --local-views 1 --out-dim 64"
     commands = readme_commands()
     assert len(commands) >= 5
     launched = set()
