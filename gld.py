@@ -1138,7 +1138,8 @@ def benchmark(cfg):
         began = time.perf_counter()
         rates["data alone"] = sum(len(boxes) for _, _, boxes, _, _ in loader) * world / (time.perf_counter() - began)
         resident = [x.to(device) for x in resident[:4]] + [resident[4]]
-        train(cfg, lambda *_: repeat(resident), observer)
+        if code := train(cfg, lambda *_: repeat(resident), observer):
+            return code
     together, alone = ({phase: 1000 * x.seconds.get(phase, 0) / cfg.benchmark for phase in PHASES} for x in observers)
     rates["views on the device alone"] = 1000 * per_step / alone["views"]
     rates["step without waiting for data"] = 1000 * per_step / sum(alone.values())
