@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from gld import (ARCHS, BadInput, Backbone, Parser, guarded, load_file, load_images, load_strictly,
+from gld import (ARCHS, BadInput, Backbone, Parser, run_script, load_file, load_images, load_strictly,
                  normalise, start_processes)
 
 EACH_RUNS_OWN = ("seed", "output", "resume", "workers", "device", "save_every")    # not alike in runs to average
@@ -244,7 +244,7 @@ def evaluate(cfg):
 
 
 def main(argv=None):
-    return guarded("eval_knn.py", lambda: evaluate(parse_arguments(argv)))
+    return run_script("eval_knn.py", lambda: evaluate(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ or, with the last layer of the heads included, so that the (rows x K) logits nev
 
     loss = head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, ...the same...)
 
-Copy this file into your project: it needs torch, and Triton on a GPU. Read the torch functions first; the kernels
-compute the same. `python matching_kernels.py` times both, and reports what the kernels compile to.
-
+Copy this file into your project. It needs torch, and Triton on a GPU. Read the torch functions first; the kernels
+compute the same. `python matching_kernels.py` times both.
 
     B       images                      V, Q    student views, teacher views
     Ns, Nt  patches of one student / teacher view (grid rows x cols, row-major)
     K       output dimension ("prototypes")
-    box     where a view was cut: (top, left, height, width, flip) in pixels of the original image, flip 0 or 1
-            (mirrored left-right after the cut)
-    match   for a student patch: the index of its teacher patch, and a weight 0 or 1
+    box     where a view was cropped: (top, left, height, width, flip) in pixels of the original image; flip is 1 if
+            the crop was flipped left-right, else 0
+    match   for a student patch: the index of its teacher patch, and a weight 0 (masked) or 1
 """
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -33,38 +35,37 @@ except ImportError:                     # no Triton for this platform: the torch
 def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, hinge=True):
     """For every student patch, the teacher patch that shows the same place of the image.
 
-    The teacher's patches tile its box, so the nearest teacher centre needs no distance matrix: per axis it is the cell
-    that holds the student patch's centre, clamped to the grid. A centre exactly on the border of two cells goes to
-    the lower or right one. With `hinge`, a match counts (weight 1) only if the two centres are closer than half a
-    diagonal of the larger patch: dist2 < max(halfdiag2); without it every weight is 1.
+    The teacher's patches tile its box. So the nearest teacher centre is found without distances: along each axis it is
+    the cell that holds the student patch's centre, clamped to the grid. A centre exactly on the border of two cells
+    goes to the lower or right one. With `hinge`, the weight of a match is 1 only if the two centres are closer than
+    half a diagonal of the larger patch: dist2 < max(halfdiag2). Otherwise it is 0. Without `hinge` every weight is 1.
 
     Args:
         student_boxes, teacher_boxes: (..., 5) top, left, height, width, flip; the leading shapes broadcast.
         student_grid, teacher_grid: (rows, cols) of a view's patches; Ns and Nt are their products.
     Returns: index (..., Ns) int64 into the teacher's Nt patches, weight (..., Ns) float32.
-    Raises: ValueError where a last dimension is not 5 or a grid is not two positive integers.
+    Raises: ValueError for a wrong shape or grid, and, on the CPU, for boxes that are not finite or have no area.
     Source: the official code's nearest pixel-position map, in closed form.
     """
     for name, boxes, grid in (("student", student_boxes, student_grid), ("teacher", teacher_boxes, teacher_grid)):
-        if boxes.shape[-1:] != (5,):
-            raise ValueError(f"{name}_boxes must be (..., 5): top, left, height, width, flip; got {tuple(boxes.shape)}")
-        if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"{name}_grid must be (rows, cols), both at least 1; got {grid}")
-    # boxes are few: float64 costs nothing and leaves only exact ties to chance
+        _check_boxes(f"{name}_boxes", boxes)
+        _check_grid(f"{name}_grid", grid)
+    # boxes are few: float64 costs nothing
     s_top, s_left, s_height, s_width, s_flip = student_boxes.double().unsqueeze(-2).unbind(-1)   # each (..., 1)
     t_top, t_left, t_height, t_width, t_flip = teacher_boxes.double().unsqueeze(-2).unbind(-1)
     (s_rows, s_cols), (t_rows, t_cols) = student_grid, teacher_grid
 
     def nearest_cell(cell, s_start, s_size, s_cells, t_start, t_size, t_cells):
         """Along one axis: the teacher cell that holds a student cell's centre, and how far apart the centres are."""
-        # (centre - t_start) in units of teacher cells, with one division: whole numbers stay whole, so ties are exact
+        # the centre, s_start + (cell + 1/2) * s_size / s_cells, measured from t_start in teacher cells of size
+        # t_size / t_cells; written with one division, so that integer boxes give exact ties
         at = ((2 * cell + 1) * s_size + 2 * s_cells * (s_start - t_start)) * t_cells / (2 * s_cells * t_size)
         nearest = at.floor().clamp(0, t_cells - 1)
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
     row = torch.arange(s_rows, device=student_boxes.device)
     col = torch.arange(s_cols, device=student_boxes.device)
-    col = torch.where(s_flip > 0, s_cols - 1 - col, col)               # a mirrored view shows its last column first
+    col = torch.where(s_flip > 0, s_cols - 1 - col, col)               # a flipped view shows its last column first
     t_row, dy = nearest_cell(row, s_top, s_height, s_rows, t_top, t_height, t_rows)     # (..., rows)
     t_col, dx = nearest_cell(col, s_left, s_width, s_cols, t_left, t_width, t_cols)     # (..., cols)
     t_col = torch.where(t_flip > 0, t_cols - 1 - t_col, t_col)
@@ -78,7 +79,7 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
 
 
 def similarity_matches(student_features, teacher_features):
-    """For every student patch, the teacher patch whose backbone features look most alike (EsViT's matching).
+    """For every student patch, the teacher patch whose backbone features are most similar (EsViT's matching).
 
     Args: student_features (..., Ns, C), teacher_features (..., Nt, C); the leading shapes broadcast.
     Returns: index (..., Ns) int64: the argmax of the cosine similarity. Every match has weight 1.
@@ -93,146 +94,250 @@ def similarity_matches(student_features, teacher_features):
         return (student @ teacher.mT).argmax(-1)
 
 
-def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, student_boxes=None,
-                        teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True, index=None,
-                        skip_same_view=False, impl="auto"):
+def reference_cross_entropy(student_logits, teacher_logits, center, student_temp, teacher_temp, index, weight):
+    """The definition of the loss, pair by pair, as the official code computes it: for tests and the benchmark.
+
+    Args: student_logits (V, B, Ns, K), teacher_logits (Q, B, Nt, K), center (K,), index and weight (V, Q, B, Ns).
+    """
+    target = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach()
+    loss = 0
+    for v, q in torch.cartesian_prod(*map(torch.arange, weight.shape[:2])).tolist():
+        matched = target[q].gather(1, index[v, q, ..., None].expand(-1, -1, target.shape[-1]))    # (B, Ns, K)
+        cross_entropy = -(matched * F.log_softmax(student_logits[v] / student_temp, dim=-1)).sum(-1)
+        loss = loss + (weight[v, q] * cross_entropy).mean()
+    return loss
+
+
+def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, skip_same_view=False,
+                        impl="auto", **matching):
     """Sum over pairs (student view v, teacher view q) of the mean over B and Ns of weight * cross-entropy, where
 
         cross-entropy(n) = - sum_k  softmax((t - center) / teacher_temp)[k] * log_softmax(s / student_temp)[k]
 
-    with s the logits of student patch n and t those of the teacher patch that n is matched with. A patch without a
-    match (weight 0) adds nothing but stays in the mean's denominator. The image-level loss is this function with
-    Ns = Nt = 1; there, neither boxes nor index are needed.
+    with s the logits of student patch n and t those of the teacher patch that n is matched with. A masked patch
+    (weight 0) adds nothing but stays in the mean's denominator.
 
     Args:
         student_logits: (V, B, Ns, K). teacher_logits: (Q, B, Nt, K). center: (K,).
-        student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge: see `geometric_matches`.
-        index: (V, Q, B, Ns) integers in [0, Nt): these matches instead, each with weight 1.
-        skip_same_view: leave out the pairs v = q (student view v and teacher view v are the same cut).
+        skip_same_view: leave out the pairs v = q (student view v and teacher view v are the same crop).
         impl: "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
+        matching: which patches match, in one of three ways:
+            student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: as in
+                `geometric_matches`;
+            index (V, Q, B, Ns), integers in [0, Nt): these matches, each with weight 1;
+            nothing, if Ns = Nt = 1: the loss of whole images.
     Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the centre.
-    Raises: ValueError, naming the argument and the shapes, where shapes, dtypes or devices do not fit.
+    Raises: ValueError, naming the argument, where shapes, dtypes or devices do not fit. The values of boxes and index
+        are checked on the CPU only; on a GPU a check would have to wait for them, so there a box without area is
+        undefined, and an index outside [0, Nt) is clamped by Triton and an assertion of torch.
+        RuntimeError if the gradient of a Triton loss is differentiated again; with impl="torch" it can be.
     """
-    _check_arguments(student_logits, teacher_logits, center, student_temp, teacher_temp, student_boxes, teacher_boxes,
-                     student_grid, teacher_grid, index)
-    V, B, Ns, K = student_logits.shape
-    Q, _, Nt, _ = teacher_logits.shape
+    (group,) = _make_groups("logits", student_logits, teacher_logits, center, student_temp, teacher_temp,
+                            skip_same_view, **matching)
     if _use_triton(impl, student_logits):
-        student = student_logits.contiguous()
-        pairs = [_run(_LocalCrossEntropy, student, teacher_logits[q:q + 2].detach(), center.detach(), teacher_temp,
-                      _how(Ns, Nt, q, student_temp, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge,
-                           index, skip_same_view)) for q in range(0, Q, 2)]
-        return sum(pairs[1:], pairs[0])
-    if student_boxes is not None:
-        index, weight = geometric_matches(student_boxes[:, None], teacher_boxes[None], student_grid, teacher_grid,
-                                          hinge)
-    else:
-        index = student_logits.new_zeros(V, Q, B, Ns, dtype=torch.int64) if index is None else index.long()
-        weight = torch.ones_like(index, dtype=torch.float32)                                       # (V, Q, B, Ns)
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    target = F.softmax((teacher_logits.detach().to(dtype) - center.detach().to(dtype)) / teacher_temp, dim=-1)
+        losses = [_run(_LocalCrossEntropy, student_logits.contiguous(), teacher_logits[q:q + 2].detach(),
+                       center.detach(), student_temp, teacher_temp, group.kernel_arguments(q))
+                  for q in range(0, len(teacher_logits), 2)]
+        return sum(losses[1:], losses[0])
+    return _torch_loss(student_logits, _torch_target(teacher_logits, center, teacher_temp), group, student_temp)
 
-    def pair_loss(log_p, target, index, weight):                       # (B, Ns, K), (B, Nt, K), (B, Ns), (B, Ns)
-        matched = target.gather(1, index[..., None].expand(-1, -1, K))                             # (B, Ns, K)
-        # a prototype the teacher gives no mass adds nothing, even where log_p is -inf; a NaN stays a NaN
-        cross_entropy = -torch.where(matched == 0, 0, matched * log_p).sum(-1)                     # (B, Ns)
-        return torch.where(weight > 0, cross_entropy, 0).sum() / max(B * Ns, 1)
 
-    loss = student_logits[..., :0].sum().to(dtype)                     # 0, and part of the graph where no pair is
-    for v in range(V):
-        log_p = F.log_softmax(student_logits[v].to(dtype) / student_temp, dim=-1)                  # (B, Ns, K)
-        for q in range(Q):
-            if not (skip_same_view and v == q):
-                # checkpointed: the gathered target is made again in the backward pass, so there is never more than one
-                loss = loss + checkpoint(pair_loss, log_p, target[q], index[v, q], weight[v, q], use_reentrant=False,
-                                         preserve_rng_state=False)
+def _torch_target(logits, center, temp):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.softmax((logits.detach().to(dtype) - center.detach().to(dtype)) / temp, dim=-1)
+
+
+def _torch_loss(student, target, group, temp):
+    """The loss of one size of view: student logits (v, B, Ns, K), teacher probabilities (Q, B, Nt, K)."""
+    views, B, Ns, _ = student.shape
+    index, weight = group.matches((views, len(target), B, Ns), student.device)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    images = torch.arange(B, device=student.device)[:, None]
+    loss = student[..., :0].sum().to(dtype)                            # 0, and part of the graph where no pair is
+    for v, logits in enumerate(student.unbind()):                      # (B, Ns, K)
+        teachers = [q for q in range(len(target)) if not (group.skip_same_view and q == group.first + v)]
+        matched = weight[v, :, :, :, None] > 0                         # (Q, B, Ns, 1)
+        # cross-entropy is linear in its target: add up the targets of all teacher views, then one product for all.
+        # where, not a product with 0: a masked row may hold NaN, and -inf is allowed where the teacher gives no mass
+        total = torch.zeros_like(logits, dtype=dtype)
+        for q in teachers:
+            total += torch.where(matched[q], target[q][images, index[v, q]], 0)
+        log_p = F.log_softmax(torch.where(matched[teachers].any(0), logits.to(dtype), 0) / temp, dim=-1)
+        loss = loss - torch.where(total == 0, 0, total * log_p).sum() / max(B * Ns, 1)
     return loss
 
 
 def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, *, student_temp, teacher_temp,
-                       student_boxes=None, teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True,
-                       index=None, skip_same_view=False, impl="auto", max_bytes=512 * 2 ** 20):
-    """`local_cross_entropy` on the logits z @ weight.T, made for a few images at a time in a buffer of `max_bytes`.
+                       skip_same_view=False, impl="auto", max_bytes=512 * 2 ** 20, **matching):
+    """`local_cross_entropy` of the logits z @ weight.T, which are made for a few images at a time.
+
+    Student views of several sizes go into one call, so that the teacher's logits and probabilities are made once.
 
     Args:
-        student_z (V, B, Ns, D), teacher_z (Q, B, Nt, D): bottlenecks. student_weight, teacher_weight (K, D).
-        max_bytes: for the logits of the images at hand (at least one image's). The others: see `local_cross_entropy`.
+        student_z: (V, B, Ns, D), the input of the last layer, or a list with one tensor (v, B, Ns, D) per size of view;
+            the losses of the sizes are added. V counts the views of all sizes.
+        teacher_z: (Q, B, Nt, D). student_weight, teacher_weight: (K, D), the last layers. center: (K,).
+        matching, skip_same_view, impl: as in `local_cross_entropy`. If student_z is a list, student_grid and index are
+            lists too; student_boxes remains one tensor (V, B, 5) for all views in order.
+        max_bytes: limit for the logits in memory (at least one image's are).
     Returns: a scalar, float32. Gradients flow to student_z and student_weight only.
-    Raises: ValueError as `local_cross_entropy`.
+    Raises: as `local_cross_entropy`.
     Precision: torch: float32 logits. Triton on a GPU: float16 logits (their step near 1 is 2^-11; bfloat16's would
-        change a teacher probability by 10 %) and bfloat16 gradients of logits, which would underflow float16.
+        change a teacher probability by 10 %) and bfloat16 gradients of logits, which would underflow in float16.
+        So the rows of z and weight should be normalised: a logit beyond 65504 becomes NaN. K should be a multiple of
+        16: otherwise the kernels load 2 bytes at a time and need more than twice the instructions.
     """
     K = len(student_weight)
-    for name, weight, z in (("student", student_weight, student_z), ("teacher", teacher_weight, teacher_z)):
-        if z.ndim != 4 or tuple(weight.shape) != (K, z.shape[-1]):
-            raise ValueError(f"{name}_z must be (views, B, patches, D) and {name}_weight ({K}, D); "
-                             f"got {tuple(z.shape)} and {tuple(weight.shape)}")
-    (V, B, Ns, _), (Q, _, Nt, _) = student_z.shape, teacher_z.shape
-    logits = [z.new_empty(()).expand(*z.shape[:3], K) for z in (student_z, teacher_z)]     # shapes, no memory
-    _check_arguments(*logits, center, student_temp, teacher_temp, student_boxes, teacher_boxes, student_grid,
-                     teacher_grid, index)
-    fused = _use_triton(impl, student_z)
-    itemsize = 2 if fused and student_z.is_cuda else 4
-    step = max(1, min(B, max_bytes // max(1, (V * Ns + Q * Nt) * K * itemsize)))           # images at a time
+    for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
+        if tuple(weight.shape) != (K, teacher_z.shape[-1]):
+            raise ValueError(f"teacher_z {tuple(teacher_z.shape)} needs {name} ({K}, D) with the same D; "
+                             f"got {tuple(weight.shape)}")
+    groups = _make_groups("z", student_z, teacher_z, center, student_temp, teacher_temp, skip_same_view, K=K,
+                          **matching)
+    students = [student_z] if isinstance(student_z, torch.Tensor) else student_z
+    fused = _use_triton(impl, teacher_z)
+    B = teacher_z.shape[1]
+    rows = [z.shape[0] * z.shape[2] for z in students]                  # of logits for one image
+    rows = teacher_z.shape[0] * teacher_z.shape[2] + (max(rows) if fused else sum(rows))
+    most = max(1, max_bytes // (rows * K * (2 if fused and teacher_z.is_cuda else 4) or 1))
+    step = math.ceil(B / math.ceil(B / most)) if B else 1               # images at a time, in chunks of equal size
 
-    def images(x, start, dim=1):
-        return None if x is None else x.narrow(dim, start, min(step, B - start))
+    def chunk_loss(start, student_weight, *students):
+        images = slice(start, start + step)
+        target = _torch_target(teacher_z[:, images].float() @ teacher_weight.detach().float().T, center, teacher_temp)
+        return sum(z[:, images].shape[1] / max(B, 1) * _torch_loss(
+            z[:, images].float() @ student_weight.float().T, target, group.images(images), student_temp)
+            for z, group in zip(students, groups))
 
-    def which(start):
-        return dict(student_boxes=images(student_boxes, start), teacher_boxes=images(teacher_boxes, start),
-                    student_grid=student_grid, teacher_grid=teacher_grid, hinge=hinge, index=images(index, start, 2),
-                    skip_same_view=skip_same_view)
-
-    def chunk_loss(student_z, student_weight, start):
-        return student_z.shape[1] / max(B, 1) * local_cross_entropy(
-            student_z.float() @ student_weight.float().T,
-            images(teacher_z, start).detach().float() @ teacher_weight.detach().float().T,
-            center, student_temp=student_temp, teacher_temp=teacher_temp, impl="torch", **which(start))
-
-    with torch.autocast(student_z.device.type, enabled=False):              # the precision is chosen here
+    with torch.autocast(teacher_z.device.type, enabled=False):          # the precision is chosen here
         if fused:
-            wanted = torch.is_grad_enabled() and (student_z.requires_grad or student_weight.requires_grad)
-            return _run(_HeadCrossEntropy, student_z, student_weight, teacher_z.detach(), teacher_weight.detach(),
-                        center.detach(), teacher_temp, step,
-                        lambda start, q: _how(Ns, Nt, q, student_temp, **which(start)), wanted)
+            return _run(_HeadCrossEntropy, groups, student_temp, teacher_temp, step, torch.is_grad_enabled(),
+                        teacher_z.detach(), teacher_weight.detach(), center.detach(), student_weight, *students)
         if step >= B:
-            return chunk_loss(student_z, student_weight, 0)
-        return sum(checkpoint(chunk_loss, images(student_z, start), student_weight, start, use_reentrant=False,
+            return chunk_loss(0, student_weight, *students)
+        return sum(checkpoint(chunk_loss, start, student_weight, *students, use_reentrant=False,
                               preserve_rng_state=False) for start in range(0, B, step))
 
 
-def _check_arguments(student, teacher, center, student_temp, teacher_temp, student_boxes, teacher_boxes, student_grid,
-                     teacher_grid, index):
-    """One clear ValueError instead of a wrong loss or a crash inside a kernel."""
-    shapes = f"student_logits {tuple(student.shape)}, teacher_logits {tuple(teacher.shape)}"
-    if student.ndim != 4 or teacher.ndim != 4:
-        raise ValueError(f"logits must be student (V, B, Ns, K) and teacher (Q, B, Nt, K); got {shapes}")
-    (V, B, Ns, K), (Q, _, Nt, _) = student.shape, teacher.shape
-    if teacher.shape[1] != B or teacher.shape[3] != K or min(K, Q) < 1:
-        raise ValueError(f"student_logits and teacher_logits differ in B or K, or Q or K is 0: {shapes}")
-    expected = {"student_logits": (student, (V, B, Ns, K)), "teacher_logits": (teacher, (Q, B, Nt, K)),
-                "center": (center, (K,)), "student_boxes": (student_boxes, (V, B, 5)),
-                "teacher_boxes": (teacher_boxes, (Q, B, 5)), "index": (index, (V, Q, B, Ns))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} to go with {shapes}; got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(f"{name} is on {tensor.device}, student_logits on {student.device}")
-        if name in ("student_logits", "teacher_logits", "center") and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-    if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
-        raise ValueError(f"index must hold integers, got {index.dtype}")
+class _Group(NamedTuple):
+    """How the student views of one size are matched: what both implementations need, checked by `_make_groups`."""
+    mode: str                           # "hinge" or "nearest" (boxes, with or without the hinge), "index", "single"
+    grids: tuple                        # rows and columns of a student view, then of a teacher view
+    student_boxes: torch.Tensor         # (v, B, 5)
+    teacher_boxes: torch.Tensor         # (Q, B, 5)
+    index: torch.Tensor                 # (v, Q, B, Ns)
+    first: int                          # the number of the first of these views among all student views
+    skip_same_view: bool
+
+    def images(self, images):
+        """The same for a slice of the images."""
+        return self._replace(student_boxes=None if self.student_boxes is None else self.student_boxes[:, images],
+                             teacher_boxes=None if self.teacher_boxes is None else self.teacher_boxes[:, images],
+                             index=None if self.index is None else self.index[:, :, images])
+
+    def matches(self, shape, device):
+        """index and weight, both of shape (v, Q, B, Ns)."""
+        if self.student_boxes is not None:
+            return geometric_matches(self.student_boxes[:, None], self.teacher_boxes[None], self.grids[:2],
+                                     self.grids[2:], hinge=self.mode == "hinge")
+        index = torch.zeros(shape, dtype=torch.int64, device=device) if self.index is None else self.index.long()
+        return index, torch.ones(shape, device=device)
+
+    def kernel_arguments(self, q):
+        """`_student_kernel`'s MATCH to SKIP for the teacher views q and q + 1. MATCH is a copy: the backward pass
+        needs it later, when the caller may have changed the boxes."""
+        match = None
+        if self.index is not None:
+            match = self.index[:, q:q + 2].clone(memory_format=torch.contiguous_format)
+        elif self.student_boxes is not None:
+            match = torch.cat([self.student_boxes, self.teacher_boxes[q:q + 2]]).float()
+        return match, *self.grids, self.mode, q - self.first if self.skip_same_view else None
+
+
+def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, skip_same_view, *, K=None,
+                 student_boxes=None, teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True, index=None):
+    """Check all arguments, here and nowhere else. Returns: a _Group per tensor in `students`, one for each size of view.
+
+    kind: "logits" or "z", the last word of the tensors' names. K: the output dimension, if it is not their last.
+    """
+    if isinstance(students, torch.Tensor):
+        students, student_grid, index = [students], [student_grid], [index]
+    else:
+        student_grid = student_grid or [None] * len(students)
+        index = index or [None] * len(students)
+    if not len(students) == len(student_grid) == len(index) > 0:
+        raise ValueError(f"student_{kind}, student_grid and index must be lists of one length, got {len(students)}, "
+                         f"{len(student_grid)} and {len(index)}")
+    names = f"student_{kind} and teacher_{kind}"
+    shapes = ", ".join(str(tuple(getattr(x, "shape", ()))) for x in (*students, teacher))
+    if any(not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point() for x in (*students, teacher)):
+        raise ValueError(f"{names} must be floating-point tensors (V, B, Ns, K) and (Q, B, Nt, K), K the width of a "
+                         f"row; got {shapes}")
+    Q, B, Nt, width = teacher.shape
+    if any(s.shape[1] != B or s.shape[3] != width for s in students) or min(width, Q) < 1:
+        raise ValueError(f"{names} differ in B or K, or Q or K is 0: {shapes}")
     if not (student_temp > 0 and teacher_temp > 0):
         raise ValueError(f"temperatures must be > 0: student_temp {student_temp}, teacher_temp {teacher_temp}")
-    geometry = (student_boxes, teacher_boxes, student_grid, teacher_grid)
-    if any(g is not None for g in geometry):
-        if any(g is None for g in geometry) or index is not None:
-            raise ValueError("give student_boxes, teacher_boxes, student_grid, teacher_grid, all or none, or an index")
-        for name, grid, n in (("student_grid", student_grid, Ns), ("teacher_grid", teacher_grid, Nt)):
-            if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != n:
-                raise ValueError(f"{name} {tuple(grid)} does not have the {n} patches of {shapes}")
-    elif index is None and (Ns, Nt) != (1, 1):
-        raise ValueError(f"which patches match? Give boxes and grids, or index, unless Ns = Nt = 1: {shapes}")
+
+    def check(name, x, shape):
+        if not isinstance(x, torch.Tensor) or tuple(x.shape) != shape:
+            found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be {shape}, a tensor that goes with {names} {shapes}; got {found}")
+        if x.device != teacher.device:
+            raise ValueError(f"{name} is on {x.device}, teacher_{kind} on {teacher.device}")
+
+    check("center", center, (K or width,))
+    geometry = dict(student_boxes=student_boxes, teacher_boxes=teacher_boxes, student_grid=student_grid[0],
+                    teacher_grid=teacher_grid)
+    given = [name for name, value in geometry.items() if value is not None]
+    if given and (len(given) < 4 or index[0] is not None):
+        raise ValueError(f"give {', '.join(geometry)}, all or none, or an index; got {', '.join(given)}"
+                         + ", index" * (index[0] is not None))
+    if given:
+        check("student_boxes", student_boxes, (sum(len(s) for s in students), B, 5))
+        check("teacher_boxes", teacher_boxes, (Q, B, 5))
+        _check_boxes("student_boxes", student_boxes), _check_boxes("teacher_boxes", teacher_boxes)
+    groups, first = [], 0
+    for student, grid, matches in zip(students, student_grid, index):
+        views, _, Ns, _ = student.shape
+        check(f"student_{kind}", student, tuple(student.shape))
+        mode, grids, boxes = "single", (Ns, 1, Nt, 1), None
+        if given:
+            _check_grid("student_grid", grid, Ns), _check_grid("teacher_grid", teacher_grid, Nt)
+            mode, grids = "hinge" if hinge else "nearest", (*grid, *teacher_grid)
+            boxes = student_boxes[first:first + views]
+        elif matches is not None:
+            check("index", matches, (views, Q, B, Ns))
+            if matches.is_floating_point() or matches.dtype == torch.bool:
+                raise ValueError(f"index must hold integers, got {matches.dtype}")
+            if _has_values(matches) and matches.numel() and not 0 <= matches.min() <= matches.max() < Nt:
+                raise ValueError(f"index must be in [0, {Nt}), got {matches.min()} to {matches.max()}")
+            mode = "index"
+        elif (Ns, Nt) != (1, 1):
+            raise ValueError(f"which patches match? Give boxes and grids, or index, unless Ns = Nt = 1: {shapes}")
+        groups.append(_Group(mode, grids, boxes, teacher_boxes, matches, first, skip_same_view))
+        first += views
+    return groups
+
+
+def _has_values(x):
+    """Whether the values of x can be looked at without waiting for a GPU; fake and traced tensors have none."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_boxes(name, boxes):
+    if not isinstance(boxes, torch.Tensor) or boxes.shape[-1:] != (5,):
+        found = tuple(boxes.shape) if isinstance(boxes, torch.Tensor) else type(boxes).__name__
+        raise ValueError(f"{name} must be a tensor (..., 5): top, left, height, width, flip; got {found}")
+    if _has_values(boxes) and not (boxes.isfinite().all() and (boxes[..., 2:4] > 0).all()):
+        raise ValueError(f"{name} must be finite, with height and width above 0")
+
+
+def _check_grid(name, grid, patches=None):
+    valid = isinstance(grid, (tuple, list)) and len(grid) == 2 and min(grid) >= 1
+    if not valid or patches not in (None, grid[0] * grid[1]):
+        raise ValueError(f"{name} must be (rows, cols), both at least 1"
+                         + (f" and {patches} patches in all" if patches else "") + f"; got {grid}")
 
 
 def _use_triton(impl, tensor):
@@ -257,29 +362,30 @@ def _use_triton(impl, tensor):
 #     loss = sum_q w_q CE_q = sum_q w_q sum_k p_qk (lse - x_k) = lse * sum_k P_k - sum_k P_k x_k
 #     d loss / d s_k = (W exp(x_k - lse) - P_k) / student_temp
 #
-# so one pass over s and both p_q gives the loss, and a second one the gradient; the pairs never need to be seen apart.
+# So one pass over s and both p_q gives the loss, and a second pass the gradient.
 #
 # Traffic at B = 32, K = 65536, 2 + 8 views of 49 and 9 patches: the student's logits are 5440 rows (0.71 GB in 16
 # bits), the teacher's 3136 (0.41 GB). Eager torch gathers 242 teacher rows per image and keeps log-softmax, products
-# and copies: about 45 GB. Here the teacher is read and written once as probabilities; then the forward reads both, and
-# the backward reads both again and writes ds. One image's programs follow each other: its teacher rows stay in L2.
+# and copies: about 45 GB. Here the teacher kernel reads each row twice (for the sum, then for the probabilities; a
+# model, not a measurement: the rows in flight exceed an H100's L2, so both reads come from memory) and writes it once.
+# The forward pass reads student and teacher; the backward pass reads both again and writes the gradient. The programs
+# of one image follow each other, so that its teacher rows stay in L2.
 #
 # Probabilities are stored times 2^14 in float16: exact to 2^-11 down to 4e-9, where float16 itself would underflow at
-# K = 65536. With sum_k P_k of the stored values in the loss, their rounding cannot act on the size of the logits, only
-# on CE's terms. All sums are in float32. Each group of 8 elements, the 16 bytes that a thread loads, has a running
+# K = 65536. As the loss uses sum_k P_k of the stored values, their rounding is not multiplied by the size of the
+# logits. All sums are in float32. Each group of 8 elements, the 16 bytes that a thread loads, has its own running
 # maximum, so that no thread waits for another inside the loop; it starts at -3e38, since -inf - -inf would be NaN.
-# Exponentials are in base 2: `scale` holds log2(e).
+# Exponentials are in base 2: `scale` holds log2(e) / temperature.
 
 if triton is not None:
     @triton.jit
-    def _tile(ROW, cols, end, other, EVEN: tl.constexpr):
-        """Load a tile of a row as float32; `other` from column `end` on. EVEN: it is a whole tile, or `end` is 0."""
-        mask = end > 0 if EVEN else cols < end
-        return tl.load(ROW + cols, mask=mask, other=other).to(tl.float32)
+    def _tile(ROW, cols, end, other):
+        """Load a tile of a row as float32; `other` from column `end` on."""
+        return tl.load(ROW + cols, mask=cols < end, other=other).to(tl.float32)
 
     @triton.jit
     def _add_exp2(peak, total, x, scale):
-        """Take x * scale, x (G, 8), into a running log-sum-exp per group: total * 2^peak, both (G,)."""
+        """Add x * scale, x (G, 8), to a running log-sum-exp per group: total * 2^peak, both (G,)."""
         top = tl.maximum(peak, tl.max(x, axis=1) * scale)
         return top, total * tl.exp2(peak - top) + tl.sum(tl.exp2(x * scale - top[:, None]), axis=1)
 
@@ -290,35 +396,35 @@ if triton is not None:
         return top + tl.log2(tl.sum(total * tl.exp2(peak - top), axis=0))
 
     @triton.jit
-    def _teacher_kernel(T, CENTER, P, K, scale, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    def _teacher_kernel(T, CENTER, P, K, scale, BLOCK: tl.constexpr):
         """One teacher row: P = UNIT * softmax((T - CENTER) / temperature). P may be T itself."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         start = tl.program_id(0).to(tl.int64) * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
         peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
         for k in range(0, K, BLOCK):
-            x = _tile(T + start, k + tile, K, float("-inf"), EVEN) - _tile(CENTER, k + tile, K, 0.0, EVEN)
+            x = _tile(T + start, k + tile, K, float("-inf")) - _tile(CENTER, k + tile, K, 0.0)
             peak, total = _add_exp2(peak, total, x, scale)
         lse = _log2_sum(peak, total)
         for k in range(0, K, BLOCK):
-            x = _tile(T + start, k + tile, K, float("-inf"), EVEN) - _tile(CENTER, k + tile, K, 0.0, EVEN)
-            tl.store(P + start + (k + tile), tl.exp2(x * scale - lse) * UNIT, mask=None if EVEN else k + tile < K)
+            x = _tile(T + start, k + tile, K, float("-inf")) - _tile(CENTER, k + tile, K, 0.0)
+            tl.store(P + start + (k + tile), tl.exp2(x * scale - lse) * UNIT, mask=k + tile < K)
 
     @triton.jit
     def _nearest_cell(cell, s_start, s_size, s_cells, t_start, t_size, t_cells):
-        """As in `geometric_matches`; whole numbers below 2^24 stay exact, so ties fall as they do there."""
+        """As in `geometric_matches`; integers below 2^24 stay exact, so ties fall as they do there."""
         at = tl.div_rn(((2 * cell + 1) * s_size + 2 * s_cells * (s_start - t_start)) * t_cells, 2 * s_cells * t_size)
         nearest = tl.minimum(tl.maximum(tl.floor(at), 0.0), t_cells - 1.0)
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
     @triton.jit
-    def _matched_row(MATCH, q, v, b, n, V, B, Q: tl.constexpr, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+    def _matched_row(MATCH, q, v, b, n, V, B, K, Q: tl.constexpr, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
                      T_ROWS: tl.constexpr, T_COLS: tl.constexpr, MODE: tl.constexpr, SKIP: tl.constexpr):
-        """The teacher row (q, b, m) matched with student row (v, b, n), and whether there is one."""
-        m, matched = 0, v >= 0
+        """The teacher row (q, b, m) matched with student row (v, b, n); how much of it to read: K, or 0 if masked."""
+        m, end = 0 * n, K + 0 * n               # tensors, also where Triton takes K = 1 as a constant
         if MODE == "index":
             m = tl.load(MATCH + ((v * Q + q) * B + b).to(tl.int64) * (S_ROWS * S_COLS) + n).to(tl.int32)
-            m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # no index reads another's memory
+            m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
         elif MODE != "single":
             S, T = MATCH + (v * B + b) * 5, MATCH + ((V + q) * B + b) * 5
             s_height, s_width, t_height, t_width = tl.load(S + 2), tl.load(S + 3), tl.load(T + 2), tl.load(T + 3)
@@ -331,27 +437,26 @@ if triton is not None:
             if MODE == "hinge":
                 y, x = s_height / (2 * S_ROWS), s_width / (2 * S_COLS)
                 t_y, t_x = t_height / (2 * T_ROWS), t_width / (2 * T_COLS)
-                matched = dy * dy + dx * dx < tl.maximum(y * y + x * x, t_y * t_y + t_x * t_x)
-        if SKIP >= 0:
-            matched = matched & (v != q + SKIP)
-        return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), matched
+                end = tl.where(dy * dy + dx * dx < tl.maximum(y * y + x * x, t_y * t_y + t_x * t_x), K, 0)
+        if SKIP is not None:
+            end = tl.where(v == q + SKIP, 0, end)
+        return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end
 
     @triton.jit
     def _student_kernel(S, P, LOSS, LSE, UPSTREAM, DS, V, B, K, scale, MATCH, S_ROWS: tl.constexpr,
                         S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, MODE: tl.constexpr,
-                        SKIP: tl.constexpr, Q: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+                        SKIP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
         """One student row: writes LOSS and LSE where there is a LOSS, and DS where there is one; DS may be S itself."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         per_image = V * S_ROWS * S_COLS
         b, rest = tl.program_id(0) // per_image, tl.program_id(0) % per_image
         v, n = rest // (S_ROWS * S_COLS), rest % (S_ROWS * S_COLS)
         row = ((v * B + b) * (S_ROWS * S_COLS) + n).to(tl.int64)
-        row0, matched0 = _matched_row(MATCH, 0, v, b, n, V, B, Q, S_ROWS, S_COLS, T_ROWS, T_COLS, MODE, SKIP)
-        row1, matched1 = row0, matched0 & (v < 0)
+        row0, end0 = _matched_row(MATCH, 0, v, b, n, V, B, K, Q, S_ROWS, S_COLS, T_ROWS, T_COLS, MODE, SKIP)
+        row1, end1 = row0, 0 * end0
         if Q == 2:
-            row1, matched1 = _matched_row(MATCH, 1, v, b, n, V, B, Q, S_ROWS, S_COLS, T_ROWS, T_COLS, MODE, SKIP)
-        any_match = matched0 | matched1
-        end, end0, end1 = tl.where(any_match, K, 0), tl.where(matched0, K, 0), tl.where(matched1, K, 0)
+            row1, end1 = _matched_row(MATCH, 1, v, b, n, V, B, K, Q, S_ROWS, S_COLS, T_ROWS, T_COLS, MODE, SKIP)
+        end = tl.maximum(end0, end1)
         S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
@@ -360,28 +465,29 @@ if triton is not None:
         else:
             peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
             mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
-            for k in range(0, end, BLOCK):                              # a row without a match reads nothing
-                s = _tile(S, k + tile, end, float("-inf"), EVEN)
-                p = _tile(P0, k + tile, end0, 0.0, EVEN)
+            for k in range(0, end, BLOCK):                              # a masked row reads nothing
+                s = _tile(S, k + tile, end, float("-inf"))
+                p = _tile(P0, k + tile, end0, 0.0)
                 if Q == 2:
-                    p += _tile(P1, k + tile, end1, 0.0, EVEN)
-                peak, total = _add_exp2(peak, total, s, scale)
-                mass += p
+                    p += _tile(P1, k + tile, end1, 0.0)
+                mass += p                                               # before the exponentials: all loads come first
                 dot += p * tl.where(p == 0, 0.0, s)                     # 0 * -inf would be NaN
-            lse = tl.where(any_match, _log2_sum(peak, total), 0.0)
+                peak, total = _add_exp2(peak, total, s, scale)
+            lse = tl.where(end > 0, _log2_sum(peak, total), 0.0)
             loss = tl.sum(tl.sum(lse * mass - scale * dot, axis=1), axis=0) * (0.6931471805599453 / UNIT)
-            tl.store(LOSS + row, tl.where(any_match, loss, 0.0))
+            tl.store(LOSS + row, tl.where(end > 0, loss, 0.0))
             tl.store(LSE + row, lse)
         if DS is not None:
             factor = tl.load(UPSTREAM) * scale * 0.6931471805599453 / (B * S_ROWS * S_COLS)
-            weight = matched0.to(tl.float32) + matched1.to(tl.float32)
+            factor = tl.where(end > 0, factor, 0.0)                     # a masked row gets 0, also if UPSTREAM is NaN
+            weight = (end0 > 0).to(tl.float32) + (end1 > 0).to(tl.float32)
             for k in range(0, K, BLOCK):
-                s = _tile(S, k + tile, end, float("-inf"), EVEN)
-                p = _tile(P0, k + tile, end0, 0.0, EVEN)
+                s = _tile(S, k + tile, end, float("-inf"))
+                p = _tile(P0, k + tile, end0, 0.0)
                 if Q == 2:
-                    p += _tile(P1, k + tile, end1, 0.0, EVEN)
+                    p += _tile(P1, k + tile, end1, 0.0)
                 ds = factor * (weight * tl.exp2(s * scale - lse) - p * (1.0 / UNIT))
-                tl.store(DS + row * K + (k + tile), ds, mask=None if EVEN else k + tile < K)
+                tl.store(DS + row * K + (k + tile), ds, mask=k + tile < K)
 
     INTERPRETED = not isinstance(_student_kernel, triton.runtime.JITFunction)
 
@@ -399,31 +505,19 @@ def _teacher_probabilities(logits, center, temp, in_place=False):
     if out.numel():
         with torch.cuda.device_of(out):
             _teacher_kernel[(out.numel() // K,)](logits, center.float().contiguous(), out, K, LOG2_E / float(temp),
-                                                 EVEN=K % BLOCK == 0, BLOCK=BLOCK, **LAUNCH)
+                                                 BLOCK=BLOCK, **LAUNCH)
     return out
 
 
-def _how(Ns, Nt, q, student_temp, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge, index,
-         skip_same_view):
-    """`_student_kernel`'s arguments scale to SKIP for the teacher views q, q + 1; copies: a backward may come late."""
-    match, grids, mode = None, (Ns, 1, Nt, 1), "single"
-    if index is not None:
-        match, mode = index[:, q:q + 2].clone(memory_format=torch.contiguous_format), "index"
-    elif student_boxes is not None:
-        match = torch.cat([student_boxes, teacher_boxes[q:q + 2]]).float()
-        grids, mode = (*student_grid, *teacher_grid), "hinge" if hinge else "nearest"
-    return LOG2_E / float(student_temp), match, *grids, mode, q if skip_same_view else -1
-
-
-def _student_rows(s, p, how, lse=None, ds=None, upstream=None):
-    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K): fills ds; makes loss, lse if lse is None."""
+def _student_rows(s, p, temp, matching, lse=None, ds=None, upstream=None):
+    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K). Fills ds; makes loss, lse if lse is None."""
     (V, B, Ns, K), loss = s.shape, None
     if lse is None:
         loss, lse = s.new_empty(2, V, B, Ns, dtype=torch.float32)
     if lse.numel():
         with torch.cuda.device_of(s):
-            _student_kernel[(lse.numel(),)](s, p, loss, lse, upstream, ds, V, B, K, *how, Q=len(p),
-                                            EVEN=K % BLOCK == 0, BLOCK=BLOCK, **LAUNCH)
+            _student_kernel[(lse.numel(),)](s, p, loss, lse, upstream, ds, V, B, K, LOG2_E / float(temp), *matching,
+                                            Q=len(p), BLOCK=BLOCK, **LAUNCH)
     return loss, lse
 
 
@@ -432,178 +526,77 @@ def _run(function, *arguments):
     return function.apply(*arguments)
 
 
+def _refuse_double_backward():
+    if torch.is_grad_enabled():         # in a backward pass: create_graph=True
+        raise RuntimeError("the Triton loss cannot be differentiated twice (create_graph=True); "
+                           "impl='torch' is twice differentiable")
+
+
 class _LocalCrossEntropy(torch.autograd.Function):
-    """Forward and backward are a launch each; nothing of the caller's is written to, so backward may run again."""
+    """Forward and backward are a launch each. The caller's tensors are not written to, so backward may run again."""
 
     @staticmethod
-    def forward(ctx, student, teacher, center, teacher_temp, how):
+    def forward(ctx, student, teacher, center, student_temp, teacher_temp, matching):
         p = _teacher_probabilities(teacher, center, teacher_temp)
-        loss, lse = _student_rows(student, p, how)
+        loss, lse = _student_rows(student, p, student_temp, matching)
         ctx.save_for_backward(student, p, lse)
-        ctx.how = how
+        ctx.temp, ctx.matching = student_temp, matching
         return loss.sum() / max(1, student.shape[1] * student.shape[2])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        _refuse_double_backward()
         student, p, lse = ctx.saved_tensors
         ds = torch.empty_like(student)
-        _student_rows(student, p, ctx.how, lse, ds, upstream.float())
-        return ds, None, None, None, None
+        _student_rows(student, p, ctx.temp, ctx.matching, lse, ds, upstream.float())
+        return ds, None, None, None, None, None
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Logits, loss and gradient of a few images at a time, all in one private buffer; the backward only scales."""
 
     @staticmethod
-    def forward(ctx, student_z, student_weight, teacher_z, teacher_weight, center, teacher_temp, step, how, needs_grad):
-        logit_type, grad_type = (torch.float16, torch.bfloat16) if student_z.is_cuda else (torch.float32, torch.float32)
-        (_, B, Ns, _), (K, D) = student_z.shape, student_weight.shape
-        weights = [w.to(logit_type) for w in (student_weight, teacher_weight)]
-        grad_weight = weights[0].to(grad_type)
-        buffers = [w.new_empty(z.shape[0] * step * z.shape[2], K) for z, w in zip((student_z, teacher_z), weights)]
-        grads = [torch.zeros_like(x, dtype=torch.float32) if needs_grad else None for x in (student_z, student_weight)]
-        one, total = torch.ones(1, device=student_z.device), torch.zeros((), device=student_z.device)
+    def forward(ctx, groups, student_temp, teacher_temp, step, wanted, teacher_z, teacher_weight, center,
+                student_weight, *students):
+        logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
+        (Q, B, Nt, D), K = teacher_z.shape, len(student_weight)
+        needs_weight, *needs_z = (wanted and needed for needed in ctx.needs_input_grad[8:])
+        weight, teacher_weight = student_weight.to(logit_type), teacher_weight.to(logit_type)
+        grad_weight = torch.zeros_like(student_weight, dtype=torch.float32) if needs_weight else None
+        grads = [torch.zeros_like(z, dtype=torch.float32) if needed else None for z, needed in zip(students, needs_z)]
+        student_buffer = weight.new_empty(step * max(z.shape[0] * z.shape[2] for z in students), K)
+        teacher_buffer = weight.new_empty(step * Q * Nt, K)
+        total = torch.zeros((), device=teacher_z.device)
+
+        def logits(z, weight, buffer):                                  # (v, b, N, D) -> (v, b, N, K), in the buffer
+            z = z.to(logit_type).reshape(-1, D)
+            return z, torch.mm(z, weight.T, out=buffer[:len(z)])
+
         for start in range(0, B, step):
-            zs = [z[:, start:start + step].to(logit_type) for z in (student_z, teacher_z)]
-            s, t = (torch.mm(z.reshape(-1, D), w.T, out=buffer[:z.numel() // D]).view(*z.shape[:3], K)
-                    for z, w, buffer in zip(zs, weights, buffers))
-            pairs = _teacher_probabilities(t, center, teacher_temp, in_place=True).split(2)
-            for i, p in enumerate(pairs):
-                # the last launch may write over the logits; with more than two teacher views the earlier ones may not
-                ds = s.view(grad_type) if i == len(pairs) - 1 else torch.empty_like(s, dtype=grad_type)
-                loss, _ = _student_rows(s, p, how(start, 2 * i), ds=ds if needs_grad else None, upstream=one)
-                total += loss.sum() / max(1, B * Ns)
-                if needs_grad:
-                    d, share = ds.view(-1, K), s.shape[1] / B
-                    grads[0][:, start:start + step].add_((d @ grad_weight).view(zs[0].shape), alpha=share)
-                    grads[1].add_(d.T @ zs[0].reshape(-1, D).to(grad_type), alpha=share)
-        ctx.save_for_backward(*grads)
-        ctx.types = student_z.dtype, student_weight.dtype
+            images = slice(start, start + step)
+            _, t = logits(teacher_z[:, images], teacher_weight, teacher_buffer)
+            p = _teacher_probabilities(t.view(Q, -1, Nt, K), center, teacher_temp, in_place=True)
+            share = torch.full((1,), p.shape[1] / B, device=p.device)   # of these images in the mean
+            for i, (z, group) in enumerate(zip(students, groups)):
+                for q in range(0, Q, 2):        # two teacher views a launch; its gradient is written over the logits
+                    rows, s = logits(z[:, images], weight, student_buffer)
+                    needed = needs_weight or needs_z[i]
+                    ds = s.view(grad_type) if needed else None
+                    loss, _ = _student_rows(s.view(*z[:, images].shape[:3], K), p[q:q + 2], student_temp,
+                                            group.images(images).kernel_arguments(q), ds=ds, upstream=share)
+                    total += loss.sum() / (B * z.shape[2])
+                    if needs_z[i]:
+                        grads[i][:, images] += (ds @ weight.to(grad_type)).view(z[:, images].shape)
+                    if needs_weight:
+                        grad_weight += ds.T @ rows.to(grad_type)
+        ctx.save_for_backward(grad_weight, *grads)
+        ctx.types = [x.dtype for x in (student_weight, *students)]
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        return *((g * upstream).to(t) for g, t in zip(ctx.saved_tensors, ctx.types)), *[None] * 7
-
-
-# ------------------------------------------------------------------------------------------------ benchmark
-
-def _official_eager(student, teacher, center, student_temp, teacher_temp, index, weight):
-    """What the official code computes: per pair, a gathered target, a log-softmax and their product, all kept."""
-    target, loss = F.softmax((teacher - center) / teacher_temp, dim=-1), 0
-    for q in range(len(teacher)):
-        for v in range(len(student)):
-            gathered = target[q].gather(1, index[v, q, ..., None].expand(-1, -1, target.shape[-1]))
-            log_p = F.log_softmax(student[v] / student_temp, dim=-1)
-            loss = loss + (weight[v, q] * -(gathered * log_p).sum(-1)).mean()
-    return loss
-
-
-# before 3.3, triton.compile took other arguments
-CAN_REPORT = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-
-
-def _compile(part, target, logits="fp16", **changes):
-    """A kernel as launched at K = 65536, for a GPU that need not be here. part: teacher, forward, backward or both."""
-    kernel = _teacher_kernel if part == "teacher" else _student_kernel
-    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, EVEN=True, BLOCK=BLOCK)
-    constants |= dict.fromkeys({"forward": ("UPSTREAM", "DS"), "backward": ("LOSS",)}.get(part, ())) | changes
-    kinds = dict(S=f"*{logits}", T=f"*{logits}", DS=f"*{logits}", P="*fp32" if logits == "fp32" else "*fp16",
-                 V="i32", B="i32", K="i32", scale="fp32")
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
-               if kind.startswith("*") or name == "K" and constants["EVEN"]}
-    source = triton.compiler.ASTSource(kernel, signature, attrs=aligned, constexprs={
-        (i,): constants[name] for i, name in enumerate(signature) if name in constants})
-    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*target), options=LAUNCH).asm
-
-
-def _report(arch):
-    """What the kernels become on sm_`arch`: registers, spills, 16-byte loads, instructions per element of each loop."""
-    import os, re, subprocess, tempfile  # noqa: E401
-    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    for part in ("teacher", "forward", "backward", "both"):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(_compile(part, ("cuda", arch, 32))["cubin"]), file.flush()
-            sass = subprocess.run([cuobjdump, "-res-usage", "-sass", file.name], capture_output=True, text=True).stdout
-        # a line is "/*1900*/ @!P0 BRA 0x1140 ;" and a loop ends in a jump back; an instruction is 16 bytes
-        code = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:[^;]*\b(0x[0-9a-f]+))?[^;]*;", sass)
-        loops = [(int(at, 16) - int(to, 16)) // 16 + 1 for at, op, to in code if op.startswith("BRA") and to]
-        yield dict(kernel=part, arch=arch, registers=int(re.search(r"REG:(\d+)", sass)[1]),
-                   spills=sum(op[:3] in ("LDL", "STL") for _, op, _ in code),
-                   loads_16_byte=sum("LDG" in op and "128" in op for _, op, _ in code),
-                   loops_instructions_per_element=[round(n / 8, 1) for n in loops if n > 9])
-
-
-def _benchmark(path):
-    import json
-    from functools import partial
-    from itertools import product
-    from torch.utils.benchmark import Timer
-    cuda, rows = torch.cuda.is_available(), []
-    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-
-    def show(**row):
-        rows.append(row)
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-
-    def measure(call):
-        """(median ms, peak MB above what was there) of a call."""
-        timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-        ms = 1e3 * timer.blocked_autorange(min_run_time=0.3).median
-        if not cuda:
-            return ms, None
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return ms, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-
-    block = torch.empty(2 ** (30 if cuda else 26), dtype=torch.uint8, device=device)
-    copy = 2 * block.numel() / 1e6 / measure(block.clone)[0]
-    show(torch=torch.__version__, triton=getattr(triton, "__version__", None),
-         device=torch.cuda.get_device_name() if cuda else "cpu", copy_gb_s=copy)
-    sizes = product((32, 128), (65536, 8192)) if cuda else [(4, 2048)]
-    for (B, K), (V, grid) in product(sizes, ((2, (7, 7)), (8, (3, 3)))):    # a step: global views, then local views
-        boxes, Ns = torch.rand(V + 2, B, 5, device=device) * 200 + 1, grid[0] * grid[1]
-        zs, zt = (F.normalize(torch.randn(n, B, p, 256, device=device), dim=-1) for n, p in ((V, Ns), (2, 49)))
-        weight, center = F.normalize(torch.randn(K, 256, device=device), dim=-1), torch.zeros(K, device=device)
-        s, t = (z.to(dtype) @ weight.to(dtype).T for z in (zs, zt))
-        for leaf in (s, zs, weight):
-            leaf.requires_grad_()
-        how = dict(student_boxes=boxes[:V], teacher_boxes=boxes[V:], student_grid=grid, teacher_grid=(7, 7),
-                   student_temp=0.1, teacher_temp=0.04)
-        matches = geometric_matches(boxes[:V, None], boxes[None, V:], grid, (7, 7))
-        torch.compiler.reset()              # else it would give up after 8 shapes, and time eager code
-        losses = {"official, eager": partial(_official_eager, s, t, center, 0.1, 0.04, *matches),
-                  "torch, compiled": partial(torch.compile(local_cross_entropy), s, t, center, impl="torch", **how)}
-        for impl in ("torch", "triton") if cuda else ("torch",):
-            losses[impl] = partial(local_cross_entropy, s, t, center, impl=impl, **how)
-            losses[f"head, {impl}"] = partial(head_cross_entropy, zs, weight, zt, weight, center, impl=impl, **how)
-        for (name, loss), backward in product(losses.items(), (False, True)):
-            def call():
-                with torch.set_grad_enabled(backward):
-                    return torch.autograd.grad(loss(), [zs, weight] if "head" in name else s) if backward else loss()
-
-            row = dict(B=B, K=K, views=V, name=name, what="forward+backward" if backward else "forward")
-            try:
-                ms, peak = measure(call)
-            except torch.OutOfMemoryError:
-                show(**row, out_of_memory=True)
-                continue
-            speed = ((1 + backward) * s.numel() + t.numel()) * s.element_size() / 1e6 / ms
-            show(**row, ms=ms, peak_mb=peak, gb_s=speed, of_copy=speed / copy)  # bytes: s, t read once, ds written once
-    for arch in (80, 90) if CAN_REPORT and not INTERPRETED else ():
-        for row in _report(arch):
-            show(**row)
-    if path:
-        with open(path, "w") as file:
-            json.dump(rows, file, indent=1)
-
-
-if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description="Times the loss, and reports what the kernels compile to.")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    _benchmark(parser.parse_args().json)
+        _refuse_double_backward()
+        # where: a masked row gets 0, also if upstream is NaN or inf
+        return *[None] * 8, *(None if grad is None else torch.where(grad == 0, 0, grad * upstream).to(dtype)
+                              for grad, dtype in zip(ctx.saved_tensors, ctx.types))
+CAN_REPORT = False
