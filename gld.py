@@ -572,8 +572,9 @@ def train(cfg):
                 grad_norm = clip_gradients(parameters, cfg.clip_grad)
                 # one all-reduce for all else that the processes share; a NaN in one process becomes a NaN in all
                 means = teacher_means(teacher_out)
-                counts = torch.tensor([len(signals), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
-                reduced = all_mean(torch.cat([torch.stack([global_loss, local_loss]).detach(), counts, means.flatten()]))
+                counts = torch.tensor([len(signals), len(unreadable)], dtype=torch.float32)
+                reduced = all_mean(torch.cat([global_loss.detach()[None], local_loss.detach()[None],
+                                              counts.to(device, non_blocking=True), means.flatten()]))
                 metrics = async_to_host(torch.cat([reduced[:4], reduced[4:].sum()[None], grad_norm[None]]))
             batch = load_batch(batches, device, cfg, log)   # the GPU augments the next batch while we wait for metrics
             with record_function("update"):
@@ -663,7 +664,8 @@ def parse_arguments(argv=None):
     cfg = parser.parse_args(argv)
     preset = cfg.preset or ("small" if cfg.data in NAMED_SETS else "paper")
     if preset == "paper":
-        parser.set_defaults(**{flag.replace("-", "_"): paper for group in OPTIONS.values() for flag, _, paper, *_ in group})
+        parser.set_defaults(**{flag.replace("-", "_"): paper
+                               for options in OPTIONS.values() for flag, _, paper, *_ in options})
     parser.set_defaults(preset=preset)
     cfg = parser.parse_args(argv)
     if cfg.drop_path < 0:
@@ -835,7 +837,7 @@ class Images:
 
 
 def list_files(root):
-    """All files of a folder or of an uncompressed .tar, which is not unpacked: [(name, offset, size)]. Raises BadInput."""
+    """All files of a folder or of an uncompressed .tar: [(name, offset, size)]. Nothing is unpacked. Raises BadInput."""
     found, seen = [], set()
     if root.is_dir():
         for folder, folders, names in os.walk(root, followlinks=True):
@@ -1036,7 +1038,8 @@ def restore(cfg, run, centers, identity):
     if resume:
         new_run = "to start a new run, give another --output or --no-resume"
         if before.get("images") != identity["images"]:
-            raise BadInput(f"--data {cfg.data}: not the images that {path} was trained on, {before.get('data')}; {new_run}")
+            raise BadInput(f"--data {cfg.data}: not the images that {path} was trained on ({before.get('data')}); "
+                           + new_run)
         free = {flag.replace("-", "_") for group, options in OPTIONS.items() for flag, *_ in options if "run" in group}
         names = [name for name in ("preset", *identity) if name not in free | {"data", "batch_size"}]
     else:
@@ -1045,7 +1048,8 @@ def restore(cfg, run, centers, identity):
         if before.get(name) != identity[name]:
             flag = "--batch-size x processes" if name == "images_per_step" else "--" + name.replace("_", "-")
             longer = f"to train longer, use --init-from {path} and another --output; " if name == "epochs" else ""
-            raise BadInput(f"{flag}: {identity[name]} here, but {path} was made with {before.get(name)}; {longer}{new_run}")
+            raise BadInput(f"{flag}: {identity[name]} here, but {path} was made with {before.get(name)}; "
+                           + longer + new_run)
     for name in run if resume else ("student", "teacher"):
         if saved[name]:                                     # the gradient scaler has no state unless fp16 is used
             load_strictly(run[name], saved[name], f"{path}, {name}")
@@ -1135,7 +1139,7 @@ class Log:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise BadInput(f"--output {self.cfg.output}: in use by another run, or not writable ({error.strerror})") from None
+            raise BadInput(f"--output {self.cfg.output}: used by another run, or not writable ({error.strerror})") from None
         except OSError as error:
             raise BadInput(f"--output {self.cfg.output}: {error.strerror}") from None
         self.file.seek(0)
@@ -1164,7 +1168,8 @@ class Log:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}   # fp16 skips some steps
         self.sums.update(finite, unread=unread, steps=1)
         if self.sums["unread"] > max(1, self.steps_per_epoch * self.total_batch // 100):
-            raise BadInput(f"--data {self.cfg.data}: {self.sums['unread']} images of one epoch cannot be read, over 1 %")
+            raise BadInput(f"--data {self.cfg.data}: {self.sums['unread']} images of one epoch cannot be read, more "
+                           "than 1 %")
 
     def due(self):
         """Whether to report now: at the end of an epoch or of the run, after the first step, and from time to time."""
@@ -1183,9 +1188,10 @@ class Log:
                        unreadable=sums["unread"], peak_gib=peak_memory(self.device))
         left = timedelta(seconds=int((self.stop_at - self.done) * self.total_batch / speed))
         knn = f" | 20-NN {record['knn']:.1f} %" if record.get("knn") is not None else ""
-        self.say("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} matched {matched:.0%} "
-                 "entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s, {waiting:.0%} waiting for data, "
-                 "{peak_gib:.1f} GiB, ".format(**record) + f"{left} left{knn}", end="\n" if ended or not self.clear else "")
+        line = ("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} "
+                "matched {matched:.0%} entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s, "
+                "{waiting:.0%} waiting for data, {peak_gib:.1f} GiB").format(**record)
+        self.say(f"{line}, {left} left{knn}", end="\n" if ended or not self.clear else "")
         self.last_report = time.perf_counter()
         if not ended:
             return

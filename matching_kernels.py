@@ -18,6 +18,7 @@ compute the same. `python matching_kernels.py` times both.
             the crop was flipped left-right, else 0
     match   for a student patch: the index of its teacher patch, and a weight 0 (masked) or 1
 """
+import itertools
 import math
 from typing import NamedTuple
 
@@ -48,8 +49,7 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     Source: the official code's nearest pixel-position map, in closed form.
     """
     for name, boxes, grid in (("student", student_boxes, student_grid), ("teacher", teacher_boxes, teacher_grid)):
-        _check_boxes(f"{name}_boxes", boxes)
-        _check_grid(f"{name}_grid", grid)
+        _check_geometry(name, boxes, grid)
     # boxes are few: float64 costs nothing
     s_top, s_left, s_height, s_width, s_flip = student_boxes.double().unsqueeze(-2).unbind(-1)   # each (..., 1)
     t_top, t_left, t_height, t_width, t_flip = teacher_boxes.double().unsqueeze(-2).unbind(-1)
@@ -101,7 +101,7 @@ def reference_cross_entropy(student_logits, teacher_logits, center, student_temp
     """
     target = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach()
     loss = 0
-    for v, q in torch.cartesian_prod(*map(torch.arange, weight.shape[:2])).tolist():
+    for v, q in itertools.product(range(len(student_logits)), range(len(target))):
         matched = target[q].gather(1, index[v, q, ..., None].expand(-1, -1, target.shape[-1]))    # (B, Ns, K)
         cross_entropy = -(matched * F.log_softmax(student_logits[v] / student_temp, dim=-1)).sum(-1)
         loss = loss + (weight[v, q] * cross_entropy).mean()
@@ -189,16 +189,14 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
     """
     K = len(student_weight)
     for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
-        if tuple(weight.shape) != (K, teacher_z.shape[-1]):
-            raise ValueError(f"teacher_z {tuple(teacher_z.shape)} needs {name} ({K}, D) with the same D; "
-                             f"got {tuple(weight.shape)}")
+        _require(weight.shape == (K, teacher_z.shape[-1]), f"teacher_z {tuple(teacher_z.shape)} needs {name} ({K}, D) "
+                 f"with the same D; got {tuple(weight.shape)}")
     groups = _make_groups("z", student_z, teacher_z, center, student_temp, teacher_temp, skip_same_view, K=K,
                           **matching)
     students = [student_z] if isinstance(student_z, torch.Tensor) else student_z
-    fused = _use_triton(impl, teacher_z)
-    B = teacher_z.shape[1]
-    rows = [z.shape[0] * z.shape[2] for z in students]                  # of logits for one image
-    rows = teacher_z.shape[0] * teacher_z.shape[2] + (max(rows) if fused else sum(rows))
+    fused, (Q, B, Nt, _) = _use_triton(impl, teacher_z), teacher_z.shape
+    rows = [z.shape[0] * z.shape[2] for z in students]                  # of logits, per image
+    rows = Q * Nt + (max(rows) if fused else sum(rows))
     most = max(1, max_bytes // (rows * K * (2 if fused and teacher_z.is_cuda else 4) or 1))
     step = math.ceil(B / math.ceil(B / most)) if B else 1               # images at a time, in chunks of equal size
 
@@ -223,133 +221,117 @@ class _Group(NamedTuple):
     """How the student views of one size are matched: what both implementations need, checked by `_make_groups`."""
     mode: str                           # "hinge" or "nearest" (boxes, with or without the hinge), "index", "single"
     grids: tuple                        # rows and columns of a student view, then of a teacher view
-    student_boxes: torch.Tensor         # (v, B, 5)
-    teacher_boxes: torch.Tensor         # (Q, B, 5)
-    index: torch.Tensor                 # (v, Q, B, Ns)
+    tables: tuple                       # boxes of student (v, B, 5) and teacher (Q, B, 5), or index, or none
     first: int                          # the number of the first of these views among all student views
     skip_same_view: bool
 
     def images(self, images):
         """The same for a slice of the images."""
-        return self._replace(student_boxes=None if self.student_boxes is None else self.student_boxes[:, images],
-                             teacher_boxes=None if self.teacher_boxes is None else self.teacher_boxes[:, images],
-                             index=None if self.index is None else self.index[:, :, images])
+        return self._replace(tables=tuple(x[..., images, :] for x in self.tables))
 
     def matches(self, shape, device):
         """index and weight, both of shape (v, Q, B, Ns)."""
-        if self.student_boxes is not None:
-            return geometric_matches(self.student_boxes[:, None], self.teacher_boxes[None], self.grids[:2],
-                                     self.grids[2:], hinge=self.mode == "hinge")
-        index = torch.zeros(shape, dtype=torch.int64, device=device) if self.index is None else self.index.long()
-        return index, torch.ones(shape, device=device)
+        if self.mode in ("hinge", "nearest"):
+            student, teacher = self.tables
+            return geometric_matches(student[:, None], teacher, self.grids[:2], self.grids[2:], self.mode == "hinge")
+        (index,) = self.tables or (torch.zeros(shape, dtype=torch.int64, device=device),)
+        return index.long(), torch.ones(shape, device=device)
 
     def kernel_arguments(self, q):
-        """`_student_kernel`'s MATCH to SKIP for the teacher views q and q + 1. MATCH is a copy: the backward pass
-        needs it later, when the caller may have changed the boxes."""
+        """`_student_kernel`'s MATCH to SKIP, for teacher views q and q + 1. MATCH is a copy: a backward comes later."""
         match = None
-        if self.index is not None:
-            match = self.index[:, q:q + 2].clone(memory_format=torch.contiguous_format)
-        elif self.student_boxes is not None:
-            match = torch.cat([self.student_boxes, self.teacher_boxes[q:q + 2]]).float()
+        if self.mode == "index":
+            match = self.tables[0][:, q:q + 2].clone(memory_format=torch.contiguous_format)
+        elif self.tables:
+            match = torch.cat([self.tables[0], self.tables[1][q:q + 2]]).float()
         return match, *self.grids, self.mode, q - self.first if self.skip_same_view else None
 
 
 def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, skip_same_view, *, K=None,
                  student_boxes=None, teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True, index=None):
-    """Check all arguments, here and nowhere else. Returns: a _Group per tensor in `students`, one for each size of view.
+    """Check all arguments, here and nowhere else. Returns: a _Group per tensor in `students`, one per size of view.
 
     kind: "logits" or "z", the last word of the tensors' names. K: the output dimension, if it is not their last.
     """
     if isinstance(students, torch.Tensor):
         students, student_grid, index = [students], [student_grid], [index]
-    else:
-        student_grid = student_grid or [None] * len(students)
-        index = index or [None] * len(students)
-    if not len(students) == len(student_grid) == len(index) > 0:
-        raise ValueError(f"student_{kind}, student_grid and index must be lists of one length, got {len(students)}, "
-                         f"{len(student_grid)} and {len(index)}")
-    names = f"student_{kind} and teacher_{kind}"
-    shapes = ", ".join(str(tuple(getattr(x, "shape", ()))) for x in (*students, teacher))
-    if any(not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point() for x in (*students, teacher)):
-        raise ValueError(f"{names} must be floating-point tensors (V, B, Ns, K) and (Q, B, Nt, K), K the width of a "
-                         f"row; got {shapes}")
+    student_grid, index = (x or [None] * len(students) for x in (student_grid, index))
+    _require(len(students) == len(student_grid) == len(index) > 0,
+             f"student_{kind}, student_grid and index must be lists of one length, at least 1")
+    names, tensors = f"student_{kind} and teacher_{kind}", (*students, teacher)
+    found = f"{names} " + ", ".join(str(tuple(getattr(x, "shape", [type(x).__name__]))) for x in tensors)
+    _require(all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point() for x in tensors),
+             f"{names} must be floating-point tensors (V, B, Ns, K) and (Q, B, Nt, K); got {found}")
     Q, B, Nt, width = teacher.shape
-    if any(s.shape[1] != B or s.shape[3] != width for s in students) or min(width, Q) < 1:
-        raise ValueError(f"{names} differ in B or K, or Q or K is 0: {shapes}")
-    if not (student_temp > 0 and teacher_temp > 0):
-        raise ValueError(f"temperatures must be > 0: student_temp {student_temp}, teacher_temp {teacher_temp}")
-
-    def check(name, x, shape):
-        if not isinstance(x, torch.Tensor) or tuple(x.shape) != shape:
-            found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be {shape}, a tensor that goes with {names} {shapes}; got {found}")
-        if x.device != teacher.device:
-            raise ValueError(f"{name} is on {x.device}, teacher_{kind} on {teacher.device}")
-
-    check("center", center, (K or width,))
+    _require(all(x.shape[1::2] == (B, width) for x in students) and min(width, Q) > 0,
+             f"{names} differ in B or K, or Q or K is 0: {found}")
+    _require(student_temp > 0 and teacher_temp > 0,
+             f"temperatures must be > 0: student_temp {student_temp}, teacher_temp {teacher_temp}")
     geometry = dict(student_boxes=student_boxes, teacher_boxes=teacher_boxes, student_grid=student_grid[0],
                     teacher_grid=teacher_grid)
-    given = [name for name, value in geometry.items() if value is not None]
-    if given and (len(given) < 4 or index[0] is not None):
-        raise ValueError(f"give {', '.join(geometry)}, all or none, or an index; got {', '.join(given)}"
-                         + ", index" * (index[0] is not None))
+    given = sum(x is not None for x in geometry.values())
+    _require(given in (0, 4) and not (given and index[0] is not None),
+             f"give {', '.join(geometry)}, all or none, or an index instead")
+    expected = [("center", center, (K or width,))] + [(f"student_{kind}", x, x.shape) for x in students]
     if given:
-        check("student_boxes", student_boxes, (sum(len(s) for s in students), B, 5))
-        check("teacher_boxes", teacher_boxes, (Q, B, 5))
-        _check_boxes("student_boxes", student_boxes), _check_boxes("teacher_boxes", teacher_boxes)
+        expected += [("student_boxes", student_boxes, (sum(map(len, students)), B, 5)),
+                     ("teacher_boxes", teacher_boxes, (Q, B, 5))]
+    expected += [("index", x, (len(s), Q, B, s.shape[2])) for x, s in zip(index, students) if x is not None]
+    for name, x, shape in expected:
+        _require(isinstance(x, torch.Tensor) and x.shape == shape and x.device == teacher.device,
+                 f"{name} must be {tuple(shape)} on {teacher.device}, to go with {found}; got "
+                 f"{tuple(getattr(x, 'shape', ()))} on {getattr(x, 'device', type(x).__name__)}")
     groups, first = [], 0
     for student, grid, matches in zip(students, student_grid, index):
         views, _, Ns, _ = student.shape
-        check(f"student_{kind}", student, tuple(student.shape))
-        mode, grids, boxes = "single", (Ns, 1, Nt, 1), None
+        mode, grids, tables = "single", (Ns, 1, Nt, 1), ()
         if given:
-            _check_grid("student_grid", grid, Ns), _check_grid("teacher_grid", teacher_grid, Nt)
+            _check_geometry("student", student_boxes, grid, Ns)
+            _check_geometry("teacher", teacher_boxes, teacher_grid, Nt)
             mode, grids = "hinge" if hinge else "nearest", (*grid, *teacher_grid)
-            boxes = student_boxes[first:first + views]
+            tables = student_boxes[first:first + views], teacher_boxes
         elif matches is not None:
-            check("index", matches, (views, Q, B, Ns))
-            if matches.is_floating_point() or matches.dtype == torch.bool:
-                raise ValueError(f"index must hold integers, got {matches.dtype}")
-            if _has_values(matches) and matches.numel() and not 0 <= matches.min() <= matches.max() < Nt:
-                raise ValueError(f"index must be in [0, {Nt}), got {matches.min()} to {matches.max()}")
-            mode = "index"
-        elif (Ns, Nt) != (1, 1):
-            raise ValueError(f"which patches match? Give boxes and grids, or index, unless Ns = Nt = 1: {shapes}")
-        groups.append(_Group(mode, grids, boxes, teacher_boxes, matches, first, skip_same_view))
+            integer = not matches.is_floating_point() and matches.dtype != torch.bool
+            _require(integer, f"index must hold integers, got {matches.dtype}")
+            _require(not _has_values(matches) or ((matches >= 0) & (matches < Nt)).all(),
+                     f"index must be in [0, {Nt})")
+            mode, tables = "index", (matches,)
+        else:
+            _require(Ns == Nt == 1, f"which patches match? Give boxes and grids, or index, unless Ns = Nt = 1: {found}")
+        groups.append(_Group(mode, grids, tables, first, skip_same_view))
         first += views
     return groups
 
 
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_geometry(name, boxes, grid, patches=None):
+    _require(isinstance(boxes, torch.Tensor) and boxes.shape[-1:] == (5,),
+             f"{name}_boxes must be a tensor (..., 5): top, left, height, width, flip; "
+             f"got {tuple(getattr(boxes, 'shape', [type(boxes).__name__]))}")
+    _require(not _has_values(boxes) or boxes.isfinite().all() and (boxes[..., 2:4] > 0).all(),
+             f"{name}_boxes must be finite, with height and width above 0")
+    valid = isinstance(grid, (tuple, list)) and len(grid) == 2 and min(grid) > 0
+    _require(valid and patches in (None, math.prod(grid)), f"{name}_grid must be (rows, cols), both at least 1, with "
+             f"the number of patches of a view{f', {patches}' if patches else ''}; got {grid}")
+
+
 def _has_values(x):
-    """Whether the values of x can be looked at without waiting for a GPU; fake and traced tensors have none."""
+    """Whether x can be looked at without waiting for a GPU. Fake and traced tensors have no values."""
     return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_boxes(name, boxes):
-    if not isinstance(boxes, torch.Tensor) or boxes.shape[-1:] != (5,):
-        found = tuple(boxes.shape) if isinstance(boxes, torch.Tensor) else type(boxes).__name__
-        raise ValueError(f"{name} must be a tensor (..., 5): top, left, height, width, flip; got {found}")
-    if _has_values(boxes) and not (boxes.isfinite().all() and (boxes[..., 2:4] > 0).all()):
-        raise ValueError(f"{name} must be finite, with height and width above 0")
-
-
-def _check_grid(name, grid, patches=None):
-    valid = isinstance(grid, (tuple, list)) and len(grid) == 2 and min(grid) >= 1
-    if not valid or patches not in (None, grid[0] * grid[1]):
-        raise ValueError(f"{name} must be (rows, cols), both at least 1"
-                         + (f" and {patches} patches in all" if patches else "") + f"; got {grid}")
-
-
-def _use_triton(impl, tensor):
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
+def _use_triton(impl, x):
+    _require(impl in ("auto", "triton", "torch"), f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "auto":
-        return triton is not None and tensor.is_cuda and tensor.dtype != torch.float64
-    if impl == "triton" and (triton is None or not (tensor.is_cuda or INTERPRETED)):
-        raise ValueError("impl='triton' needs Triton and CUDA tensors (or TRITON_INTERPRET=1, set before the import); "
-                         f"got tensors on {tensor.device}")
-    if impl == "triton" and tensor.dtype == torch.float64:
-        raise ValueError("impl='triton' computes in float32; for float64 use impl='torch'")
+        return triton is not None and x.is_cuda and x.dtype != torch.float64
+    if impl == "triton":
+        _require(triton is not None and (x.is_cuda or INTERPRETED), "impl='triton' needs Triton and CUDA tensors (or "
+                 f"TRITON_INTERPRET=1, set before the import); got tensors on {x.device}")
+        _require(x.dtype != torch.float64, "impl='triton' computes in float32; for float64 use impl='torch'")
     return impl == "triton"
 
 
@@ -443,6 +425,15 @@ if triton is not None:
         return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end
 
     @triton.jit
+    def _tiles(S, P0, P1, cols, end, end0, end1, Q: tl.constexpr):
+        """A tile of the student's logits, and of its target: the sum of the matched rows of the teacher views."""
+        s = _tile(S, cols, end, float("-inf"))
+        p = _tile(P0, cols, end0, 0.0)
+        if Q == 2:
+            p += _tile(P1, cols, end1, 0.0)
+        return s, p
+
+    @triton.jit
     def _student_kernel(S, P, LOSS, LSE, UPSTREAM, DS, V, B, K, scale, MATCH, S_ROWS: tl.constexpr,
                         S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, MODE: tl.constexpr,
                         SKIP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
@@ -466,10 +457,7 @@ if triton is not None:
             peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
             mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
             for k in range(0, end, BLOCK):                              # a masked row reads nothing
-                s = _tile(S, k + tile, end, float("-inf"))
-                p = _tile(P0, k + tile, end0, 0.0)
-                if Q == 2:
-                    p += _tile(P1, k + tile, end1, 0.0)
+                s, p = _tiles(S, P0, P1, k + tile, end, end0, end1, Q)
                 mass += p                                               # before the exponentials: all loads come first
                 dot += p * tl.where(p == 0, 0.0, s)                     # 0 * -inf would be NaN
                 peak, total = _add_exp2(peak, total, s, scale)
@@ -482,10 +470,7 @@ if triton is not None:
             factor = tl.where(end > 0, factor, 0.0)                     # a masked row gets 0, also if UPSTREAM is NaN
             weight = (end0 > 0).to(tl.float32) + (end1 > 0).to(tl.float32)
             for k in range(0, K, BLOCK):
-                s = _tile(S, k + tile, end, float("-inf"))
-                p = _tile(P0, k + tile, end0, 0.0)
-                if Q == 2:
-                    p += _tile(P1, k + tile, end1, 0.0)
+                s, p = _tiles(S, P0, P1, k + tile, end, end0, end1, Q)
                 ds = factor * (weight * tl.exp2(s * scale - lse) - p * (1.0 / UNIT))
                 tl.store(DS + row * K + (k + tile), ds, mask=k + tile < K)
 
@@ -599,4 +584,73 @@ class _HeadCrossEntropy(torch.autograd.Function):
         # where: a masked row gets 0, also if upstream is NaN or inf
         return *[None] * 8, *(None if grad is None else torch.where(grad == 0, 0, grad * upstream).to(dtype)
                               for grad, dtype in zip(ctx.saved_tensors, ctx.types))
-CAN_REPORT = False
+
+
+# ------------------------------------------------------------------------------------------------ benchmark
+
+def _benchmark(path):
+    """Time the local loss of a step: 2 global and 8 local views with grids of 7 x 7 and 3 x 3 patches."""
+    import json
+    from functools import partial
+    from torch.utils.benchmark import Timer
+    cuda, rows = torch.cuda.is_available(), []
+    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
+    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'CPU'}. reference: pair by pair, as\n"
+          "the official code. head: with the products of the last layers.\n"
+          f"{'':40}forward ms  forward + backward ms  peak MiB")
+    for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
+        sizes = ((2, (7, 7)), (8, (3, 3)))
+        boxes = torch.rand(10, B, 5, device=device) * 200 + 1
+        z = [F.normalize(torch.randn(v, B, math.prod(grid), 256, device=device), dim=-1) for v, grid in sizes]
+        weight, center = F.normalize(torch.randn(K, 256, device=device), dim=-1), torch.zeros(K, device=device)
+        logits, teacher_logits = [(x @ weight.T).to(dtype) for x in z], (z[0].flip(1) @ weight.T).to(dtype)
+        for leaf in (*z, weight, *logits):
+            leaf.requires_grad_()
+        match_args = [dict(student_boxes=part, teacher_boxes=boxes[:2], student_grid=grid, teacher_grid=(7, 7))
+                      for part, (_, grid) in zip(boxes.split([v for v, _ in sizes]), sizes)]
+        temps = dict(student_temp=0.1, teacher_temp=0.04)
+
+        def reference(loss):
+            pairs = [geometric_matches(m["student_boxes"][:, None], boxes[:2], m["student_grid"], (7, 7))
+                     for m in match_args]
+            return sum(loss(s, teacher_logits, center, index=i, weight=w, **temps) for s, (i, w) in zip(logits, pairs))
+
+        def local(impl):
+            return sum(local_cross_entropy(s, teacher_logits, center, impl=impl, **temps, **m)
+                       for s, m in zip(logits, match_args))
+
+        def head(impl):
+            grids = dict(student_grid=[grid for _, grid in sizes], teacher_grid=(7, 7))
+            return head_cross_entropy(z, weight, z[0].detach().flip(1), weight.detach(), center, impl=impl,
+                                      student_boxes=boxes, teacher_boxes=boxes[:2], **temps, **grids)
+
+        losses = {"reference, eager": partial(reference, reference_cross_entropy),
+                  "reference, torch.compile": partial(reference, torch.compile(reference_cross_entropy))}
+        losses |= {f"{loss.__name__}, {impl}": partial(loss, impl) for loss in (local, head)
+                   for impl in ("torch", "triton")[:1 + cuda]}
+        for name, loss in losses.items():
+            def gradient():
+                return torch.autograd.grad(loss(), [*z, weight] if "head" in name else logits)
+
+            try:
+                times = [1e3 * Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+                         .blocked_autorange(min_run_time=0.5).median for call in (loss, gradient)]
+            except torch.OutOfMemoryError:
+                times = [math.nan, math.nan]
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                gradient()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if cuda else math.nan
+            rows.append(dict(B=B, K=K, name=name, forward_ms=times[0], forward_backward_ms=times[1], peak_mib=peak))
+            print(f"B {B:3}  K {K:5}  {name:24}{times[0]:11.3g}{times[1]:23.3g}{peak:10.4g}", flush=True)
+    if path:
+        with open(path, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    import argparse
+    parser = argparse.ArgumentParser(description="Times the loss: forward, forward and backward, peak memory.")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    _benchmark(parser.parse_args().json)
