@@ -837,7 +837,7 @@ class Images:
 
 
 def list_files(root):
-    """All files of a folder or of an uncompressed .tar: [(name, offset, size)]. Nothing is unpacked. Raises BadInput."""
+    """All files of a folder or of an uncompressed .tar (not unpacked): [(name, offset, size)]. Raises BadInput."""
     found, seen = [], set()
     if root.is_dir():
         for folder, folders, names in os.walk(root, followlinks=True):
@@ -1139,7 +1139,8 @@ class Log:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise BadInput(f"--output {self.cfg.output}: used by another run, or not writable ({error.strerror})") from None
+            raise BadInput(f"--output {self.cfg.output}: used by another run or not writable "
+                           f"({error.strerror})") from None
         except OSError as error:
             raise BadInput(f"--output {self.cfg.output}: {error.strerror}") from None
         self.file.seek(0)

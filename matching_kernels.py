@@ -595,8 +595,8 @@ def _benchmark(path):
     from torch.utils.benchmark import Timer
     cuda, rows = torch.cuda.is_available(), []
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'CPU'}. reference: pair by pair, as\n"
-          "the official code. head: with the products of the last layers.\n"
+    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'CPU'}. reference: pair by\n"
+          "pair, as the official code. head: with the products of the last layers.\n"
           f"{'':40}forward ms  forward + backward ms  peak MiB")
     for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
         sizes = ((2, (7, 7)), (8, (3, 3)))
