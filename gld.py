@@ -50,7 +50,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.profiler import record_function
-from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
@@ -143,26 +143,21 @@ class Views(NamedTuple):
 def crop_views(image, cfg):
     """One image (3, H, W) uint8 -> [global Views, local Views (if any)]. This is all that a DataLoader worker does."""
     # per view: probability of blur, probability of solarisation
-    global_views = draw_views(image, cfg.global_size, cfg.global_scale, cfg.blur_sigma, [(1.0, 0.0), (0.1, 0.2)])
-    if not cfg.local_views:
-        return [global_views]
-    return [global_views, draw_views(image, cfg.local_size, cfg.local_scale, cfg.blur_sigma,
-                                     [(0.5, 0.0)] * cfg.local_views)]
+    sizes = ((cfg.global_size, cfg.global_scale, [(1.0, 0.0), (0.1, 0.2)]),
+             (cfg.local_size, cfg.local_scale, [(0.5, 0.0)] * cfg.local_views))
+    return [draw_views(image, size, scale, cfg.blur_sigma, views) for size, scale, views in sizes if views]
 
 
 def draw_views(image, size, scale, blur_sigma, probabilities):
-    """Views of one size, drawn from torch's random generator with DINO's distribution: one per entry of
-    `probabilities`, which holds the probability of blur and that of solarisation."""
+    """Views of one size, drawn from torch's random generator with DINO's distribution; probabilities: per view."""
     views = []
     for blur_probability, solarise_probability in probabilities:
         flip, jittered, grey, strength, blurred, solarised = torch.rand(6).tolist()
-        top, left, height, width = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
-        crop = TF.resized_crop(image, top, left, height, width, [size, size], TF.InterpolationMode.BICUBIC,
-                               antialias=True)
+        box = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))        # top, left, height, width
         order, *jitter = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
         sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * strength
-        views.append((crop,
-                      torch.tensor([top, left, height, width, flip < 0.5], dtype=torch.float32),
+        views.append((TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True),
+                      torch.tensor([*box, flip < 0.5], dtype=torch.float32),
                       torch.tensor(jitter if jittered < 0.8 else [1.0, 1.0, 1.0, 0.0]),
                       order,
                       torch.tensor(grey < 0.2),
@@ -287,35 +282,34 @@ class Backbone(nn.Module):
             self.net = torchvision.models.VisionTransformer(image_size, patch_size, 12, heads, self.width,
                                                             4 * self.width)
             self.net.heads = nn.Identity()
-            self.init_vit(drop_path)
+            self.init_vit()
         elif arch.startswith("swin"):
-            width, depths, heads = {"swin_t": (96, [2, 2, 6, 2], [3, 6, 12, 24]),
-                                    "swin_s": (96, [2, 2, 18, 2], [3, 6, 12, 24]),
-                                    "swin_b": (128, [2, 2, 18, 2], [4, 8, 16, 32])}[arch]
-            block = functools.partial(SwinTransformerBlock, attn_layer=SwinAttention)
-            norm = functools.partial(nn.LayerNorm, eps=1e-6)                    # official; torchvision's has 1e-5
-            self.net = SwinTransformer([4, 4], width, depths, heads, [7, 7], stochastic_depth_prob=drop_path,
-                                       num_classes=1, norm_layer=norm, block=block)
-            self.width, self.net.head = 8 * width, nn.Identity()
+            self.net = getattr(torchvision.models, arch)(
+                block=functools.partial(SwinTransformerBlock, attn_layer=SwinAttention),
+                norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))           # official; torchvision's has 1e-5
+            self.width, self.net.head = self.net.head.in_features, nn.Identity()
             for block in self.net.features[7]:                                  # official: no shift in the last stage
                 block.attn.shift_size = [0, 0]
         else:
             self.net = getattr(torchvision.models, arch)()
             self.width = self.net.fc.in_features
             self.net.avgpool = self.net.fc = nn.Identity()
+        depths = [module for module in self.net.modules() if isinstance(module, StochasticDepth)]
+        for i, depth in enumerate(depths):                                      # grows linearly from block to block
+            depth.p = drop_path * i / (len(depths) - 1)
 
-    def init_vit(self, drop_path):
+    def init_vit(self):
         """The official initialisation, in place of torchvision's, and stochastic depth in place of its dropout."""
         for module in self.net.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        for parameter in (self.net.class_token, self.net.encoder.pos_embedding):
+            nn.init.trunc_normal_(parameter, std=0.02)
         self.net.conv_proj.reset_parameters()                                   # torch's default
-        nn.init.trunc_normal_(self.net.class_token, std=0.02)
-        nn.init.trunc_normal_(self.net.encoder.pos_embedding, std=0.02)
-        for i, block in enumerate(self.net.encoder.layers):
+        for block in self.net.encoder.layers:
             nn.init.trunc_normal_(block.self_attention.in_proj_weight, std=0.02)
-            block.dropout = block.mlp[4] = StochasticDepth(drop_path * i / 11, "row")
+            block.dropout = block.mlp[4] = StochasticDepth(0.0, "row")
 
     def forward(self, x):
         net = self.net
@@ -474,8 +468,10 @@ def clip_gradients(parameters, max_norm):
 def load_batch(batches, device, cfg, log):
     """The next batch, on the device and augmented, or None. Returns: a list with one tensor (v, B, 3, S, S) per size of
     view, boxes (V, B, 5), and the numbers of the images that could not be read."""
-    with record_function("data"), log.waiting():
+    with record_function("data"):
+        began = time.perf_counter()
         batch = next(batches, None)
+        log.sums["waiting"] += time.perf_counter() - began
     if batch is None:
         return None
     with record_function("views"):
@@ -596,14 +592,14 @@ def train(cfg):
 
             done = step + 1
             epoch_ended = done % steps_per_epoch == 0
-            log.add(dict(loss_global=global_value, loss_local=local_value, grad_norm=norm_value),
-                    unread=round(unread * world), names=[images.name(i) for i in unreadable])
-            if log.due():
-                record = dict(epoch=epoch, step=done, lr=lr,
-                              **diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg))
-                if knn and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
-                    record["knn"] = knn(teacher.backbone)
-                log.report(record)
+
+            def make_record():
+                due = knn and epoch_ended and (epoch + 1) % cfg.eval_every == 0
+                return dict(epoch=epoch, lr=lr, **diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg),
+                            **dict(knn=knn(teacher.backbone)) if due else {})
+
+            log.step(dict(loss_global=global_value, loss_local=local_value, grad_norm=norm_value),
+                     round(unread * world), [images.name(i) for i in unreadable], make_record)
             if (stop or done == stop_at or (epoch_ended and (epoch + 1) % cfg.save_every == 0)) and not cfg.profile:
                 saved = save(cfg, run, centers, done, identity, rank, log)
             next_step()
@@ -628,6 +624,17 @@ class BadInput(Exception):
     """What the user has to change, in one line. `run_script` prints it and exits with code 2."""
 
 
+@contextlib.contextmanager
+def blame(what):
+    """Any error in this block becomes a BadInput that begins with `what`, the flag or file at fault."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:                              # decoders and torch.load raise all kinds
+        raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}") from None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
@@ -635,17 +642,15 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; did you mean {close[0]}?" if flag.startswith("--") and close else message)
 
 
-def number_type(kind, low, high):
-    """An argparse type: an int or float from low to high."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
-        return kind(text)
-    return number
-
-
 def parse_arguments(argv=None):
-    """Command line -> namespace in which every option is set, by the user or by the preset, and checked."""
+    """Command line -> namespace in which every option is set, by the user or by the preset. Raises BadInput."""
+    def number_type(kind, low, high):
+        def number(text):
+            if not low <= kind(text) <= high:
+                raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
+            return kind(text)
+        return number
+
     parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=("small", "paper"), help="which defaults; small unless --data is a path")
     for title, options in OPTIONS.items():
@@ -659,8 +664,8 @@ def parse_arguments(argv=None):
                 kwargs = dict(type=number_type(float, *allowed), nargs=2, metavar=("LOW", "HIGH"))
             else:
                 kwargs = dict(type=number_type(type(paper), *allowed), metavar="N" if isinstance(paper, int) else "X")
-            default = small if small == paper else f"small: {small}, paper: {paper}"
-            group.add_argument(f"--{flag}", default=small, help=f"{text} ({default})", **kwargs)
+            defaults = small if small == paper else f"small: {small}, paper: {paper}"
+            group.add_argument(f"--{flag}", default=small, help=f"{text} ({defaults})", **kwargs)
     cfg = parser.parse_args(argv)
     preset = cfg.preset or ("small" if cfg.data in NAMED_SETS else "paper")
     if preset == "paper":
@@ -674,22 +679,17 @@ def parse_arguments(argv=None):
         cfg.eval_every = 1 if cfg.data == "shapes" else 0
     if cfg.profile:
         cfg.max_steps, cfg.resume, cfg.eval_every = PROFILE_WARMUP + cfg.profile, False, 0
-    check_arguments(cfg)
-    return cfg
 
-
-def check_arguments(cfg):
-    """What one option alone does not show. Raises BadInput."""
     stride, radius = stride_of(cfg.arch, cfg.patch_size), math.ceil(3 * cfg.blur_sigma[1])
     gpu = cfg.device != "cpu" and torch.cuda.is_available()
     folder = next(path for path in (Path(cfg.output), *Path(cfg.output).absolute().parents) if path.exists())
-    sizes = {"--global-size": cfg.global_size} | ({"--local-size": cfg.local_size} if cfg.local_views else {})
-    ranges = {"--global-scale": cfg.global_scale, "--local-scale": cfg.local_scale, "--blur-sigma": cfg.blur_sigma}
-    for problem, message in (
-        *((size % stride, f"{flag} must be a multiple of {stride} for {cfg.arch}, got {size}")
-          for flag, size in sizes.items()),
-        *((low > high, f"{flag} must be LOW HIGH with LOW <= HIGH, got {low} {high}")
-          for flag, (low, high) in ranges.items()),
+    sizes = {"global-size": cfg.global_size} | ({"local-size": cfg.local_size} if cfg.local_views else {})
+    ranges = {"global-scale": cfg.global_scale, "local-scale": cfg.local_scale, "blur-sigma": cfg.blur_sigma}
+    problems = [(size % stride, f"--{flag} must be a multiple of {stride} for {cfg.arch}, got {size}")
+                for flag, size in sizes.items()]
+    problems += [(low > high, f"--{flag} must be LOW HIGH with LOW <= HIGH, got {low} {high}")
+                 for flag, (low, high) in ranges.items()]
+    problems += [
         (radius >= min(sizes.values()), f"--blur-sigma {cfg.blur_sigma[1]:g}: the blur, {radius} pixels to each side, "
                                         f"does not fit a view of {min(sizes.values())} pixels"),
         (cfg.warmup_epochs > cfg.epochs, f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}"),
@@ -697,9 +697,11 @@ def check_arguments(cfg):
         (cfg.device == "cuda" and not gpu, "--device cuda: torch finds no CUDA GPU"),
         (cfg.precision == "fp16" and not gpu, "--precision fp16 needs a CUDA GPU"),
         (cfg.impl == "triton" and not gpu and os.getenv("TRITON_INTERPRET") != "1", "--impl triton needs a CUDA GPU"),
-    ):
+    ]
+    for problem, message in problems:
         if problem:
             raise BadInput(message)
+    return cfg
 
 
 def start_processes(cfg):
@@ -847,15 +849,12 @@ def list_files(root):
             seen.add(os.path.realpath(folder))
             found += [(os.fsencode(os.path.relpath(os.path.join(folder, name), root)), 0, 0) for name in names]
         return found
-    try:
-        with tarfile.open(root, "r:") as archive:
-            for member in archive:
-                archive.members.clear()                     # it would keep all of them, a kilobyte each
-                if member.isreg() and not member.issparse():
-                    found.append((os.fsencode(member.name), member.offset_data, member.size))
-    except (tarfile.TarError, OSError) as error:
-        hint = "; gunzip it first" if root.suffix in (".gz", ".tgz") else ""
-        raise BadInput(f"--data {root}: not an uncompressed tar, or truncated ({error}){hint}") from None
+    hint = " (gunzip it first)" if root.suffix in (".gz", ".tgz") else ""
+    with blame(f"--data {root}: not an uncompressed tar, or truncated{hint}"), tarfile.open(root, "r:") as archive:
+        for member in archive:
+            archive.members.clear()                         # it would keep all of them, a kilobyte each
+            if member.isreg() and not member.issparse():
+                found.append((os.fsencode(member.name), member.offset_data, member.size))
     return found
 
 
@@ -867,11 +866,8 @@ def load_images(data, split, fraction=1.0, must_split=False):
     if data == "shapes":
         images = Images(*draw_shapes(2400 if split == "train" else 1200, seed=("train", "val").index(split)), data)
     elif data == "cifar10":
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                found = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"--data cifar10: not in ./data, and the download failed ({error})") from None
+        with blame("--data cifar10: not in ./data, and the download failed"), contextlib.redirect_stdout(sys.stderr):
+            found = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
         images = Images(found.data, np.array(found.targets), data)
     elif Path(data).exists():
         images = load_files(Path(data), split, must_split)
@@ -923,19 +919,15 @@ def draw_shapes(n, seed, size=48):
     The class is the shape that tiles the image. Position, scale, rotation, colours (slow gradients) and which of shape
     and background is lighter are random, so that no single pixel tells the class.
     """
-    shapes = (                                              # of u, v in [-1, 1] and r, the distance from the centre
-        lambda u, v, r: r < 0.7,                                                            # disks
-        lambda u, v, r: (r > 0.45) & (r < 0.85),                                            # rings
-        lambda u, v, r: np.maximum(abs(u), abs(v)) < 0.6,                                   # squares
-        lambda u, v, r: abs(np.maximum(abs(u), abs(v)) - 0.68) < 0.18,                      # frames
-        lambda u, v, r: np.maximum(v, 0.87 * abs(u) - v / 2) < 0.45,                        # triangles
-        lambda u, v, r: np.minimum(abs(u), abs(v)) < 0.22,                                  # a lattice
-        lambda u, v, r: abs(v) < 0.4,                                                       # horizontal stripes
-        lambda u, v, r: abs(u) < 0.4,                                                       # vertical stripes
-        lambda u, v, r: abs(abs(u) - abs(v)) < 0.25,                                        # crosses
-        lambda u, v, r: abs(u) + abs(v) < 0.75,                                             # diamonds
-        lambda u, v, r: (u > 0) == (v > 0),                                                 # a chessboard
-        lambda u, v, r: abs(v - abs(u) + 0.4) < 0.3,                                        # zigzags
+    shapes = (                                              # of a = |u|, b = |v|, u, v in [-1, 1]; r from the centre
+        lambda u, v, a, b, r: r < 0.7, lambda u, v, a, b, r: (r > 0.45) & (r < 0.85),                   # disks, rings
+        lambda u, v, a, b, r: np.maximum(a, b) < 0.6,                                                   # squares
+        lambda u, v, a, b, r: abs(np.maximum(a, b) - 0.68) < 0.18,                                      # frames
+        lambda u, v, a, b, r: np.maximum(v, 0.87 * a - v / 2) < 0.45,                                   # triangles
+        lambda u, v, a, b, r: np.minimum(a, b) < 0.22,                                                  # a lattice
+        lambda u, v, a, b, r: b < 0.4, lambda u, v, a, b, r: a < 0.4,                                   # stripes
+        lambda u, v, a, b, r: abs(a - b) < 0.25, lambda u, v, a, b, r: a + b < 0.75,               # crosses, diamonds
+        lambda u, v, a, b, r: (u > 0) == (v > 0), lambda u, v, a, b, r: abs(v - a + 0.4) < 0.3,         # chess, zigzags
     )
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
@@ -946,7 +938,7 @@ def draw_shapes(n, seed, size=48):
         u = (2 * (x * np.cos(angle) + y * np.sin(angle)) / pitch + shift[0]) % 2 - 1
         v = (2 * (y * np.cos(angle) - x * np.sin(angle)) / pitch + shift[1]) % 2 - 1
         dark, light = blend @ rng.uniform(0, 0.5, (4, 3)), blend @ rng.uniform(0.5, 1, (4, 3))  # between four corners
-        inside = shapes[label](u, v, np.hypot(u, v)) ^ (rng.uniform() < 0.5)
+        inside = shapes[label](u, v, abs(u), abs(v), np.hypot(u, v)) ^ (rng.uniform() < 0.5)
         image[:] = (255 * np.where(inside[..., None], light, dark) + rng.normal(0, 12, image.shape)).clip(0, 255)
     return images, labels
 
@@ -963,21 +955,16 @@ class ViewDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key
         rng = np.random.default_rng((self.cfg.seed, epoch, i))
-        image, unreadable = None, -1
-        for _ in range(100):
-            try:
-                image = self.images.read(i)
+        seed = int(rng.integers(2 ** 62))
+        for attempt in (i, *rng.integers(len(self.images), size=100).tolist()):
+            with contextlib.suppress(Exception):            # decoders raise all kinds of errors for broken files
+                image = self.images.read(attempt)
                 break
-            except Exception:                               # decoders raise all kinds of errors for broken files
-                unreadable = i if unreadable < 0 else unreadable
-                i = int(rng.integers(len(self.images)))
-        if image is None:
-            raise BadInput(f"--data: 100 files in a row cannot be read, the first is {self.images.name(unreadable)}")
-        state = torch.get_rng_state()                       # of the CPU; torch.manual_seed would initialise the GPU
-        torch.default_generator.manual_seed(int(rng.integers(2 ** 62)))
-        views = crop_views(image, self.cfg)
-        torch.set_rng_state(state)
-        return views, unreadable
+        else:
+            raise BadInput(f"--data: 100 files in a row cannot be read, the first is {self.images.name(i)}")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)       # torch.manual_seed would initialise the GPU
+            return crop_views(image, self.cfg), -1 if attempt == i else i
 
 
 def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
@@ -1000,24 +987,22 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
 
 def load_file(path, flag):
     """A checkpoint as data: no code in it is run. Raises BadInput for a file that is not a complete checkpoint."""
+    if not Path(path).exists():
+        raise BadInput(f"{flag} {path}: file not found")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):            # in the official checkpoints
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{flag} {path}: file not found") from None
     except Exception:                                       # torch raises many kinds for a foreign file
-        raise BadInput(f"{flag} {path}: damaged, not a checkpoint, or one that would run code when loaded") from None
+        content = None
     if not isinstance(content, dict):
-        raise BadInput(f"{flag} {path}: holds a {type(content).__name__}, not the state of a network")
+        raise BadInput(f"{flag} {path}: damaged, not a checkpoint, or one that would run code when loaded")
     return content
 
 
 def load_strictly(module, state, what):
     """load_state_dict whose complaint, the keys that do not fit, is one line. Raises BadInput."""
-    try:
+    with blame(what):
         module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
-        raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
 
 def restore(cfg, run, centers, identity):
@@ -1123,81 +1108,72 @@ class Log:
     """Messages, a progress line, and log.jsonl with one object per epoch. Only process 0 writes."""
 
     def __init__(self, cfg, rank, device, start, stop_at, total_batch, steps_per_epoch):
-        self.cfg, self.rank, self.device, self.stop_at = cfg, rank, device, stop_at
+        self.cfg, self.rank, self.device, self.done, self.stop_at = cfg, rank, device, start, stop_at
         self.total_batch, self.steps_per_epoch = total_batch, steps_per_epoch
-        self.done, self.sums, self.named = start, Counter(), set()
+        self.sums, self.named = Counter(), set()            # over the epoch; of images that could not be read
         self.began, self.last_report = time.perf_counter(), -math.inf           # of the epoch; so the first is due
         self.clear = "\r\033[K" if sys.stdout.isatty() else ""                  # to rewrite the line on a terminal
         if rank == 0 and not cfg.profile:
             self.open(start)
 
     def open(self, start=math.inf):
-        """Open log.jsonl without the lines of steps that will be done again, and lock it against a second run."""
-        try:
+        """Open log.jsonl, lock it against a second run, and remove the lines of steps that will be done again."""
+        with blame(f"--output {self.cfg.output}: not writable, or in use by another run"):
             os.makedirs(self.cfg.output, exist_ok=True)
             self.file = open(Path(self.cfg.output, "log.jsonl"), "a+")
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise BadInput(f"--output {self.cfg.output}: used by another run or not writable "
-                           f"({error.strerror})") from None
-        except OSError as error:
-            raise BadInput(f"--output {self.cfg.output}: {error.strerror}") from None
-        self.file.seek(0)
-        kept = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= start]
-        self.file.truncate(0)
-        self.file.writelines(kept)
-        self.file.flush()
+            self.file.seek(0)
+            kept = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= start]
+            self.file.truncate(0)
+            self.file.writelines(kept)
+            self.file.flush()
 
-    def say(self, message, error=False, end="\n"):
-        if self.rank == 0:
-            write_line(self.clear + message, sys.stderr if error else sys.stdout, end)
+    def say(self, message, error=False, end="\n", all_processes=False):
+        """print. If the reader of a pipe has gone (`| head`), output is dropped from then on, and the run goes on."""
+        file = sys.stderr if error else sys.stdout
+        try:
+            if self.rank == 0 or all_processes:
+                print(self.clear + message, file=file, end=end, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Time spent here is time spent waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.sums["waiting"] += time.perf_counter() - began
+    def step(self, metrics, unread, names, make_record):
+        """Count a step. Report after the first step, at the end of an epoch, and from time to time.
 
-    def add(self, metrics, unread, names):
-        """Count a step in which `unread` images could not be read by all processes, and these by this one."""
+        unread: how many images could not be read by all processes; names: of those of this process.
+        make_record: called for the metrics that are computed for a report only.
+        """
+        cfg, sums = self.cfg, self.sums
         self.done += 1
         for name in set(names) - self.named:
-            write_line(f"{self.clear}cannot be read, replaced by another image: {name}", sys.stdout)
+            self.say(f"cannot be read, replaced by another image: {name}", all_processes=True)
         self.named.update(names)
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}   # fp16 skips some steps
-        self.sums.update(finite, unread=unread, steps=1)
-        if self.sums["unread"] > max(1, self.steps_per_epoch * self.total_batch // 100):
-            raise BadInput(f"--data {self.cfg.data}: {self.sums['unread']} images of one epoch cannot be read, more "
-                           "than 1 %")
-
-    def due(self):
-        """Whether to report now: at the end of an epoch or of the run, after the first step, and from time to time."""
-        pause = 0.5 if self.clear else 30
-        return (self.done % self.steps_per_epoch == 0 or self.done == self.stop_at
-                or self.rank == 0 and time.perf_counter() - self.last_report > pause)
-
-    def report(self, record):
-        """Print the record and the means over the epoch so far; at the end of an epoch, also write it to log.jsonl."""
-        cfg, sums, now = self.cfg, self.sums, time.perf_counter()
-        ended = self.done % self.steps_per_epoch == 0 or self.done == self.stop_at
-        speed = sums["steps"] * self.total_batch / (now - self.began)
-        record |= {name: sums[name] / sums["steps"] for name in ("loss_global", "loss_local", "grad_norm")}
-        record |= dict(kl=record["loss_global"] * (1 if cfg.matching == "none" else 2) - record["entropy"],
-                       images_per_second=speed, waiting=sums["waiting"] / (now - self.began),
-                       unreadable=sums["unread"], peak_gib=peak_memory(self.device))
-        left = timedelta(seconds=int((self.stop_at - self.done) * self.total_batch / speed))
-        knn = f" | 20-NN {record['knn']:.1f} %" if record.get("knn") is not None else ""
+        sums.update({name: value for name, value in metrics.items() if math.isfinite(value)}, unread=unread, steps=1)
+        if sums["unread"] > max(1, self.steps_per_epoch * self.total_batch // 100):
+            raise BadInput(f"--data {cfg.data}: {sums['unread']} images of one epoch cannot be read, more than 1 %")
+        ended, now = self.done % self.steps_per_epoch == 0 or self.done == self.stop_at, time.perf_counter()
+        if not ended and (self.rank > 0 or now - self.last_report < (0.5 if self.clear else 30)):
+            return
+        seconds, self.last_report = now - self.began, now
+        speed = sums["steps"] * self.total_batch / seconds
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+            if resource else math.nan)
+        record = dict({name: sums[name] / sums["steps"] for name in metrics}, **make_record(), step=self.done,
+                      images_per_second=speed, waiting=sums["waiting"] / seconds, unreadable=sums["unread"],
+                      peak_gib=peak / 2 ** 30)
+        record["kl"] = record["loss_global"] * (1 if cfg.matching == "none" else 2) - record["entropy"]
         line = ("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} "
                 "matched {matched:.0%} entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s, "
                 "{waiting:.0%} waiting for data, {peak_gib:.1f} GiB").format(**record)
-        self.say(f"{line}, {left} left{knn}", end="\n" if ended or not self.clear else "")
-        self.last_report = time.perf_counter()
+        left = timedelta(seconds=int((self.stop_at - self.done) * self.total_batch / speed))
+        knn = f", 20-NN {record['knn']:.1f} %" if record.get("knn") is not None else ""
+        self.say(f"{line}{knn}, {left} left", end="\n" if ended or not self.clear else "")
         if not ended:
             return
-        self.began = self.last_report
-        self.sums.clear()
+        self.began = time.perf_counter()
+        sums.clear()
         if self.rank > 0 or cfg.profile:
             return
         try:
@@ -1214,23 +1190,6 @@ class Log:
         if record["waiting"] > 0.2:
             self.say(f"{record['waiting']:.0%} of the time was spent waiting for data: try more --workers (now "
                      f"{cfg.workers}) or smaller images; --profile 50 shows the time per phase")
-
-
-def write_line(message, file, end="\n"):
-    """print. If the reader of a pipe has gone (`| head`), the output is dropped from then on, and the run goes on."""
-    try:
-        print(message, file=file, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-def peak_memory(device):
-    """GiB: of the GPU's allocator, or of this process where the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "linux" else 2 ** 30)
 
 
 PHASES, PROFILE_WARMUP = ("data", "views", "teacher", "student", "loss", "backward", "update"), 3
@@ -1250,8 +1209,7 @@ def profile(cfg, device, log, total_batch):
             cpu, gpu = times[name].cpu_time_total, times[name].device_time_total
             log.say(f"{name:8}{cpu / 1000 / cfg.profile:13.2f}{gpu / 1000 / cfg.profile:13.2f}")
         profiler.export_chrome_trace(os.path.join(cfg.output, "trace.json"))
-        log.say(f"{cfg.profile * total_batch / seconds:.0f} images/s while profiling, peak memory "
-                f"{peak_memory(device):.1f} GiB; wrote {cfg.output}/trace.json")
+        log.say(f"{cfg.profile * total_batch / seconds:.0f} images/s while profiling; wrote {cfg.output}/trace.json")
 
     ends, schedule = [], torch.profiler.schedule(wait=0, warmup=PROFILE_WARMUP, active=cfg.profile, repeat=1)
     os.makedirs(cfg.output, exist_ok=True)
@@ -1266,30 +1224,31 @@ def profile(cfg, device, log, total_batch):
 def run_script(script, work):
     """Exit code of work(): its own; 2 for bad input, 1 for a failure of the system, 130 for Ctrl-C, each with one line
     on stderr. Other errors are bugs and keep their traceback."""
-    rank = int(os.environ.get("RANK", 0))
+    known = {"DataLoader worker (pid": "a DataLoader worker died: too little memory (try fewer --workers) or too "
+                                       "little shared memory (docker --shm-size)",
+             "onnection ": "another process of this run died", "imed out": "another process did not answer"}
     try:
         code = work()
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
-    except (BadInput, OSError, RuntimeError, KeyboardInterrupt) as error:
-        # a DataLoader worker wraps its error in a traceback, whose last part is the message
-        message, code = str(error).split("BadInput: ")[-1].strip(), 2 if isinstance(error, BadInput) else 1
-        known = {"DataLoader worker (pid": "a DataLoader worker died: too little memory (try fewer --workers) or too "
-                                           "little shared memory (docker --shm-size)",
-                 "onnection ": "another process of this run died", "imed out": "another process did not answer"}
-        found = [text for key, text in known.items() if key in message and (dist.is_initialized() or "worker" in key)]
-        if isinstance(error, KeyboardInterrupt):
-            message, code = "interrupted", 130
-        elif code == 1 and found:
-            message = f"{found[0]}; rerun the same command to resume from the last checkpoint"
+    except KeyboardInterrupt as error:
+        caught, code, message = error, 130, "interrupted"
+    except BadInput as error:
+        caught, code, message = error, 2, str(error)
+    except (OSError, RuntimeError) as error:
+        caught, code, message = error, 1, str(error)
+        causes = [text for key, text in known.items() if key in message and (dist.is_initialized() or "worker" in key)]
+        if causes:
+            message = f"{causes[0]}; rerun the same command to resume from the last checkpoint"
         elif isinstance(error, RuntimeError):
             raise
-        # bad input that every process meets is reported once per node
-        if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or "in DataLoader worker" in str(error):
-            print(f"{script}: error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr)
-        traceback.clear_frames(error.__traceback__)         # frees a DataLoader in them, which then ends its workers
-        return code
+    # bad input that every process meets is reported once per node; that of a worker ends its traceback
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or "in DataLoader worker" in message:
+        process = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"{script}: error: {process}{message.split('BadInput: ')[-1].strip()}", file=sys.stderr)
+    traceback.clear_frames(caught.__traceback__)            # frees a DataLoader in them, which then ends its workers
+    return code
 
 
 def main(argv=None):
