@@ -149,8 +149,8 @@ def _torch_target(logits, center, temp):
 
 def _torch_loss(student, target, group, temp):
     """The loss of one size of view: student logits (v, B, Ns, K), teacher probabilities (Q, B, Nt, K)."""
-    views, B, Ns, _ = student.shape
-    index, weight = group.matches((views, len(target), B, Ns), student.device)
+    _, B, Ns, _ = student.shape
+    index, weight = group.matches()
     dtype = torch.promote_types(student.dtype, torch.float32)
     images = torch.arange(B, device=student.device)[:, None]
     loss = student[..., :0].sum().to(dtype)                            # 0, and part of the graph where no pair is
@@ -219,9 +219,9 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
 
 class _Group(NamedTuple):
     """How the student views of one size are matched: what both implementations need, checked by `_make_groups`."""
-    mode: str                           # "hinge" or "nearest" (boxes, with or without the hinge), "index", "single"
+    mode: str                           # "hinge" or "nearest": by boxes, with or without the hinge; "index"
     grids: tuple                        # rows and columns of a student view, then of a teacher view
-    tables: tuple                       # boxes of student (v, B, 5) and teacher (Q, B, 5), or index, or none
+    tables: tuple                       # boxes of student (v, B, 5) and teacher (Q, B, 5); or index (v, Q, B, Ns)
     first: int                          # the number of the first of these views among all student views
     skip_same_view: bool
 
@@ -229,20 +229,18 @@ class _Group(NamedTuple):
         """The same for a slice of the images."""
         return self._replace(tables=tuple(x[..., images, :] for x in self.tables))
 
-    def matches(self, shape, device):
-        """index and weight, both of shape (v, Q, B, Ns)."""
-        if self.mode in ("hinge", "nearest"):
-            student, teacher = self.tables
-            return geometric_matches(student[:, None], teacher, self.grids[:2], self.grids[2:], self.mode == "hinge")
-        (index,) = self.tables or (torch.zeros(shape, dtype=torch.int64, device=device),)
-        return index.long(), torch.ones(shape, device=device)
+    def matches(self):
+        """index and weight, both (v, Q, B, Ns)."""
+        if self.mode == "index":
+            return self.tables[0].long(), torch.ones_like(self.tables[0], dtype=torch.float32)
+        student, teacher = self.tables
+        return geometric_matches(student[:, None], teacher, self.grids[:2], self.grids[2:], self.mode == "hinge")
 
     def kernel_arguments(self, q):
         """`_student_kernel`'s MATCH to SKIP, for teacher views q and q + 1. MATCH is a copy: a backward comes later."""
-        match = None
         if self.mode == "index":
             match = self.tables[0][:, q:q + 2].clone(memory_format=torch.contiguous_format)
-        elif self.tables:
+        else:
             match = torch.cat([self.tables[0], self.tables[1][q:q + 2]]).float()
         return match, *self.grids, self.mode, q - self.first if self.skip_same_view else None
 
@@ -284,7 +282,7 @@ def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, sk
     groups, first = [], 0
     for student, grid, matches in zip(students, student_grid, index):
         views, _, Ns, _ = student.shape
-        mode, grids, tables = "single", (Ns, 1, Nt, 1), ()
+        mode, grids = "index", (Ns, 1, Nt, 1)
         if given:
             _check_geometry("student", student_boxes, grid, Ns)
             _check_geometry("teacher", teacher_boxes, teacher_grid, Nt)
@@ -293,11 +291,11 @@ def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, sk
         elif matches is not None:
             integer = not matches.is_floating_point() and matches.dtype != torch.bool
             _require(integer, f"index must hold integers, got {matches.dtype}")
-            _require(not _has_values(matches) or ((matches >= 0) & (matches < Nt)).all(),
-                     f"index must be in [0, {Nt})")
-            mode, tables = "index", (matches,)
+            _require(not _has_values(matches) or ((matches >= 0) & (matches < Nt)).all(), f"index must be in [0, {Nt})")
+            tables = (matches,)
         else:
             _require(Ns == Nt == 1, f"which patches match? Give boxes and grids, or index, unless Ns = Nt = 1: {found}")
+            tables = (torch.zeros(views, Q, B, 1, dtype=torch.int64, device=teacher.device),)
         groups.append(_Group(mode, grids, tables, first, skip_same_view))
         first += views
     return groups
@@ -407,7 +405,7 @@ if triton is not None:
         if MODE == "index":
             m = tl.load(MATCH + ((v * Q + q) * B + b).to(tl.int64) * (S_ROWS * S_COLS) + n).to(tl.int32)
             m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
-        elif MODE != "single":
+        else:
             S, T = MATCH + (v * B + b) * 5, MATCH + ((V + q) * B + b) * 5
             s_height, s_width, t_height, t_width = tl.load(S + 2), tl.load(S + 3), tl.load(T + 2), tl.load(T + 3)
             row, col = n // S_COLS, n % S_COLS
@@ -589,61 +587,60 @@ class _HeadCrossEntropy(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------ benchmark
 
 def _benchmark(path):
-    """Time the local loss of a step: 2 global and 8 local views with grids of 7 x 7 and 3 x 3 patches."""
+    """Time the local loss of a step with 2 global and 8 local views, and its gradient, last layers included."""
     import json
-    from functools import partial
     from torch.utils.benchmark import Timer
     cuda, rows = torch.cuda.is_available(), []
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'CPU'}. reference: pair by\n"
-          "pair, as the official code. head: with the products of the last layers.\n"
-          f"{'':40}forward ms  forward + backward ms  peak MiB")
+    options, compiled = dict(student_temp=0.1, teacher_temp=0.04), torch.compile(reference_cross_entropy)
+    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'CPU'}; reference: pair by pair, "
+          f"as the official code\n{'':46}forward ms   with gradient ms   peak MiB")
     for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
-        sizes = ((2, (7, 7)), (8, (3, 3)))
+        views, grids = (2, 8), [(7, 7), (3, 3)]
         boxes = torch.rand(10, B, 5, device=device) * 200 + 1
-        z = [F.normalize(torch.randn(v, B, math.prod(grid), 256, device=device), dim=-1) for v, grid in sizes]
-        weight, center = F.normalize(torch.randn(K, 256, device=device), dim=-1), torch.zeros(K, device=device)
-        logits, teacher_logits = [(x @ weight.T).to(dtype) for x in z], (z[0].flip(1) @ weight.T).to(dtype)
-        for leaf in (*z, weight, *logits):
-            leaf.requires_grad_()
-        match_args = [dict(student_boxes=part, teacher_boxes=boxes[:2], student_grid=grid, teacher_grid=(7, 7))
-                      for part, (_, grid) in zip(boxes.split([v for v, _ in sizes]), sizes)]
-        temps = dict(student_temp=0.1, teacher_temp=0.04)
+        z = [F.normalize(torch.randn(v, B, height * width, 256, device=device), dim=-1).requires_grad_()
+             for v, (height, width) in zip(views, grids)]
+        weight = F.normalize(torch.randn(K, 256, device=device), dim=-1).requires_grad_()
+        teacher_z, teacher_weight, center = z[0].detach().flip(1), weight.detach(), torch.zeros(K, device=device)
+
+        def logits(x, weight):
+            return x.to(dtype) @ weight.to(dtype).T
 
         def reference(loss):
-            pairs = [geometric_matches(m["student_boxes"][:, None], boxes[:2], m["student_grid"], (7, 7))
-                     for m in match_args]
-            return sum(loss(s, teacher_logits, center, index=i, weight=w, **temps) for s, (i, w) in zip(logits, pairs))
+            matches = [geometric_matches(part[:, None], boxes[:2], grid, (7, 7))
+                       for part, grid in zip(boxes.split(views), grids)]
+            return sum(loss(logits(x, weight), logits(teacher_z, teacher_weight), center, **options, index=i, weight=w)
+                       for x, (i, w) in zip(z, matches))
 
         def local(impl):
-            return sum(local_cross_entropy(s, teacher_logits, center, impl=impl, **temps, **m)
-                       for s, m in zip(logits, match_args))
+            return sum(local_cross_entropy(
+                logits(x, weight), logits(teacher_z, teacher_weight), center, impl=impl, student_boxes=part,
+                teacher_boxes=boxes[:2], student_grid=grid, teacher_grid=(7, 7), **options)
+                for x, part, grid in zip(z, boxes.split(views), grids))
 
         def head(impl):
-            grids = dict(student_grid=[grid for _, grid in sizes], teacher_grid=(7, 7))
-            return head_cross_entropy(z, weight, z[0].detach().flip(1), weight.detach(), center, impl=impl,
-                                      student_boxes=boxes, teacher_boxes=boxes[:2], **temps, **grids)
+            return head_cross_entropy(z, weight, teacher_z, teacher_weight, center, impl=impl, student_boxes=boxes,
+                                      teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=(7, 7), **options)
 
-        losses = {"reference, eager": partial(reference, reference_cross_entropy),
-                  "reference, torch.compile": partial(reference, torch.compile(reference_cross_entropy))}
-        losses |= {f"{loss.__name__}, {impl}": partial(loss, impl) for loss in (local, head)
+        losses = {"reference, eager": (reference, reference_cross_entropy),
+                  "reference, torch.compile": (reference, compiled)}
+        losses |= {f"{loss.__name__}_cross_entropy, {impl}": (loss, impl) for loss in (local, head)
                    for impl in ("torch", "triton")[:1 + cuda]}
-        for name, loss in losses.items():
-            def gradient():
-                return torch.autograd.grad(loss(), [*z, weight] if "head" in name else logits)
-
+        for name, (loss, argument) in losses.items():
+            calls = (lambda: loss(argument), lambda: torch.autograd.grad(loss(argument), [*z, weight]))
             try:
-                times = [1e3 * Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-                         .blocked_autorange(min_run_time=0.5).median for call in (loss, gradient)]
+                forward, both = (1e3 * Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+                                 .blocked_autorange(min_run_time=0.5).median for call in calls)
+                peak = math.nan
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    calls[1]()
+                    peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
             except torch.OutOfMemoryError:
-                times = [math.nan, math.nan]
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                gradient()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if cuda else math.nan
-            rows.append(dict(B=B, K=K, name=name, forward_ms=times[0], forward_backward_ms=times[1], peak_mib=peak))
-            print(f"B {B:3}  K {K:5}  {name:24}{times[0]:11.3g}{times[1]:23.3g}{peak:10.4g}", flush=True)
+                forward = both = peak = math.nan
+            rows.append(dict(B=B, K=K, name=name, forward_ms=forward, forward_backward_ms=both, peak_mib=peak))
+            print(f"B {B:3}  K {K:5}  {name:28}{forward:12.4g}{both:19.4g}{peak:11.4g}", flush=True)
     if path:
         with open(path, "w") as file:
             json.dump(rows, file, indent=1)
