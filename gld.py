@@ -592,14 +592,12 @@ def train(cfg):
 
             done = step + 1
             epoch_ended = done % steps_per_epoch == 0
-
-            def make_record():
-                due = knn and epoch_ended and (epoch + 1) % cfg.eval_every == 0
-                return dict(epoch=epoch, lr=lr, **diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg),
-                            **dict(knn=knn(teacher.backbone)) if due else {})
-
-            log.step(dict(loss_global=global_value, loss_local=local_value, grad_norm=norm_value),
-                     round(unread * world), [images.name(i) for i in unreadable], make_record)
+            metrics = dict(loss_global=global_value, loss_local=local_value, grad_norm=norm_value)
+            if log.step(metrics, round(unread * world), [images.name(i) for i in unreadable]):
+                record = dict(epoch=epoch, lr=lr, **diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg))
+                if knn and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
+                    record["knn"] = knn(teacher.backbone)
+                log.report(record)
             if (stop or done == stop_at or (epoch_ended and (epoch + 1) % cfg.save_every == 0)) and not cfg.profile:
                 saved = save(cfg, run, centers, done, identity, rank, log)
             next_step()
@@ -1138,11 +1136,10 @@ class Log:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
-    def step(self, metrics, unread, names, make_record):
-        """Count a step. Report after the first step, at the end of an epoch, and from time to time.
+    def step(self, metrics, unread, names):
+        """Count a step in which all processes together could not read `unread` images, this one those with these names.
 
-        unread: how many images could not be read by all processes; names: of those of this process.
-        make_record: called for the metrics that are computed for a report only.
+        Returns: whether to report, which is so after the first step, at the end of an epoch, and from time to time.
         """
         cfg, sums = self.cfg, self.sums
         self.done += 1
@@ -1152,25 +1149,30 @@ class Log:
         sums.update({name: value for name, value in metrics.items() if math.isfinite(value)}, unread=unread, steps=1)
         if sums["unread"] > max(1, self.steps_per_epoch * self.total_batch // 100):
             raise BadInput(f"--data {cfg.data}: {sums['unread']} images of one epoch cannot be read, more than 1 %")
-        ended, now = self.done % self.steps_per_epoch == 0 or self.done == self.stop_at, time.perf_counter()
-        if not ended and (self.rank > 0 or now - self.last_report < (0.5 if self.clear else 30)):
-            return
-        seconds, self.last_report = now - self.began, now
+        self.ended = self.done % self.steps_per_epoch == 0 or self.done == self.stop_at
+        pause = 0.5 if self.clear else 30
+        return self.ended or self.rank == 0 and time.perf_counter() - self.last_report > pause
+
+    def report(self, record):
+        """Print the record and the means over the epoch so far; at the end of an epoch, write them to log.jsonl."""
+        cfg, sums = self.cfg, self.sums
+        self.last_report = time.perf_counter()
+        seconds = self.last_report - self.began
         speed = sums["steps"] * self.total_batch / seconds
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
             if resource else math.nan)
-        record = dict({name: sums[name] / sums["steps"] for name in metrics}, **make_record(), step=self.done,
-                      images_per_second=speed, waiting=sums["waiting"] / seconds, unreadable=sums["unread"],
-                      peak_gib=peak / 2 ** 30)
+        means = {name: sums[name] / sums["steps"] for name in ("loss_global", "loss_local", "grad_norm")}
+        record = dict(record, **means, step=self.done, images_per_second=speed, waiting=sums["waiting"] / seconds,
+                      unreadable=sums["unread"], peak_gib=peak / 2 ** 30)
         record["kl"] = record["loss_global"] * (1 if cfg.matching == "none" else 2) - record["entropy"]
         line = ("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} "
                 "matched {matched:.0%} entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s, "
                 "{waiting:.0%} waiting for data, {peak_gib:.1f} GiB").format(**record)
         left = timedelta(seconds=int((self.stop_at - self.done) * self.total_batch / speed))
         knn = f", 20-NN {record['knn']:.1f} %" if record.get("knn") is not None else ""
-        self.say(f"{line}{knn}, {left} left", end="\n" if ended or not self.clear else "")
-        if not ended:
+        self.say(f"{line}{knn}, {left} left", end="\n" if self.ended or not self.clear else "")
+        if not self.ended:
             return
         self.began = time.perf_counter()
         sums.clear()
