@@ -1150,14 +1150,13 @@ class Log:
         if sums["unread"] > max(1, self.steps_per_epoch * self.total_batch // 100):
             raise BadInput(f"--data {cfg.data}: {sums['unread']} images of one epoch cannot be read, more than 1 %")
         self.ended = self.done % self.steps_per_epoch == 0 or self.done == self.stop_at
-        pause = 0.5 if self.clear else 30
-        return self.ended or self.rank == 0 and time.perf_counter() - self.last_report > pause
+        self.now, pause = time.perf_counter(), 0.5 if self.clear else 30
+        return self.ended or self.rank == 0 and self.now - self.last_report > pause
 
     def report(self, record):
         """Print the record and the means over the epoch so far; at the end of an epoch, write them to log.jsonl."""
         cfg, sums = self.cfg, self.sums
-        self.last_report = time.perf_counter()
-        seconds = self.last_report - self.began
+        self.last_report, seconds = self.now, self.now - self.began
         speed = sums["steps"] * self.total_batch / seconds
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
