@@ -253,9 +253,9 @@ def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, sk
     """
     if isinstance(students, torch.Tensor):
         students, student_grid, index = [students], [student_grid], [index]
-    student_grid, index = (x or [None] * len(students) for x in (student_grid, index))
-    _require(len(students) == len(student_grid) == len(index) > 0,
-             f"student_{kind}, student_grid and index must be lists of one length, at least 1")
+    student_grid, index = ([None] * len(students) if x is None else x for x in (student_grid, index))
+    _require(all(isinstance(x, (list, tuple)) and len(x) == len(students) > 0 for x in (students, student_grid, index)),
+             f"student_{kind}, student_grid and index must be lists of one length, one entry per size of view")
     names, tensors = f"student_{kind} and teacher_{kind}", (*students, teacher)
     found = f"{names} " + ", ".join(str(tuple(getattr(x, "shape", [type(x).__name__]))) for x in tensors)
     _require(all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point() for x in tensors),
