@@ -157,13 +157,14 @@ def draw_views(image, size, scale, blur_sigma, probabilities):
         order, *jitter = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
         sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * strength
         views.append((TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True),
-                      torch.tensor([*box, flip < 0.5], dtype=torch.float32),
-                      torch.tensor(jitter if jittered < 0.8 else [1.0, 1.0, 1.0, 0.0]),
-                      order,
-                      torch.tensor(grey < 0.2),
-                      torch.tensor(sigma if blurred < blur_probability else 0.0),
-                      torch.tensor(solarised < solarise_probability)))
-    return Views(*(torch.stack(field) for field in zip(*views)))
+                      [*box, float(flip < 0.5)],
+                      jitter if jittered < 0.8 else [1.0, 1.0, 1.0, 0.0],
+                      order.tolist(),
+                      grey < 0.2,
+                      sigma if blurred < blur_probability else 0.0,
+                      solarised < solarise_probability))
+    crops, *parameters = zip(*views)
+    return Views(torch.stack(crops), *map(torch.tensor, parameters))
 
 
 @torch.no_grad()
