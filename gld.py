@@ -88,6 +88,7 @@ OPTIONS = {  # group: (flag, value of --preset small, of --preset paper, choices
         ("head-hidden", 128, 2048, (1, 1e6), "hidden width of a head"),
         ("head-bottleneck", 64, 256, (1, 1e6), "D, width before the last layer of a head"),
         ("norm-last-layer", True, False, None, "fix the weight-norm magnitude of the last layer at 1"),
+        ("init-from", "", "", None, "initialise student and teacher from this checkpoint.pt"),
     ),
     "loss": (
         ("matching", "geometric", "geometric", ("geometric", "similarity", "none"),
@@ -113,7 +114,6 @@ OPTIONS = {  # group: (flag, value of --preset small, of --preset paper, choices
     "run (may change when a run is resumed)": (
         ("output", "output", "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
         ("resume", True, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
-        ("init-from", "", "", None, "initialise student and teacher from this checkpoint.pt"),
         ("save-every", 1, 1, (1, 1e9), "epochs between checkpoints"),
         ("eval-every", -1, -1, (0, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0"),
         ("max-steps", 0, 0, (1, 1e9), "stop after this many steps; the schedules still follow --epochs (0: do not)"),
@@ -765,15 +765,20 @@ def stop_on_signal(world):
             signal.signal(number, handler)
 
 
+WORKER_GRACE = 30                   # seconds
+
+
 def ignore_signals(worker):
-    """In a DataLoader worker: a signal to the whole job is for the main process, so the worker goes on for 30 s.
+    """In a DataLoader worker: a signal to the whole job is for the main process; the worker goes on for WORKER_GRACE.
 
     It may not ignore SIGTERM for ever: with it, Python ends the workers that are left when a program exits.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):                          # Windows has none
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):                           # Windows has neither SIGHUP nor SIGALRM
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
 
 
 # ------------------------------------------------------------------------------------------------ images

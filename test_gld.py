@@ -665,252 +665,1249 @@ def test_triton_beyond_two_to_the_31_elements():
     torch.testing.assert_close(grad[:, -50:], torch.autograd.grad(other * 50, tail)[0], rtol=1e-2, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ CUDA without a GPU
+# ------------------------------------------------------------------------------------------------ views
 
-COMPILE = r"""
-import os, re, subprocess, sys, tempfile
-import torch, triton
-import matching_kernels as mk
-from triton.backends.compiler import GPUTarget
+MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (gld.PIXEL_MEAN, gld.PIXEL_STD))
 
-def compiled(part, target, logits="fp16", **changes):
-    '''A kernel as it is launched at K = 65536, for a GPU that need not be here.'''
-    kernel = mk._teacher_kernel if part == "teacher" else mk._student_kernel
-    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, BLOCK=mk.BLOCK)
-    constants |= dict.fromkeys({"forward": ("UPSTREAM", "DS"), "backward": ("LOSS",)}.get(part, ())) | changes
-    kinds = dict(S=f"*{logits}", T=f"*{logits}", DS="*bf16" if part == "both" else f"*{logits}", V="i32", B="i32",
-                 K="i32", P="*fp32" if logits == "fp32" else "*fp16", scale="fp32")
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
-               if kind.startswith("*") or name == "K"}
-    source = triton.compiler.ASTSource(kernel, signature, attrs=aligned, constexprs={
-        (i,): constants[name] for i, name in enumerate(signature) if name in constants})
-    return triton.compile(source, target=GPUTarget(*target), options=mk.LAUNCH).asm
 
-def check(part, arch):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled(part, ("cuda", arch, 32))["cubin"]), file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        sass = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True).stdout
-    # a line is "/*1900*/ @!P0 BRA 0x1140 ;"; a loop ends in a jump back; an instruction is 16 bytes
-    code = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:[^;]*\b(0x[0-9a-f]+))?[^;]*;", sass)
-    jumps = [(int(to, 16), int(at, 16)) for at, op, to in code if op.startswith("BRA") and to]
-    loops = [(to, at) for to, at in jumps if to < at]
-    elements = [((end - start) // 16 + 1) / 8 for start, end in loops if end - start > 150]
-    print(f"sm_{arch} {part}: registers", re.search(r"REG:(\d+)", sass)[1], "instructions per element", elements)
-    assert not any(op[:3] in ("LDL", "STL") for _, op, _ in code), "spills"
-    assert sum("LDG" in op and "128" in op for _, op, _ in code) >= 3, "16-byte loads"
-    if part == "forward":
-        start, end = max(loops, key=lambda loop: loop[1] - loop[0])
-        ops = [op for at, op, _ in code if start <= int(at, 16) <= end]
-        loads = [i for i, op in enumerate(ops) if "LDG" in op]
-        first = min(i for i, op in enumerate(ops) if "EX2" in op)
-        assert max(elements) <= 16 and len(loads) == 3 and max(loads) < first, (elements, loads, first)
+def augment_one(x, **change):
+    """gld.augment of images x (N, 3, H, W) in [0, 1], as one view each, with these parameters; returns [0, 1] again."""
+    N = len(x)
+    values = dict(brightness=1, contrast=1, saturation=1, hue=0, order=range(4), grey=0, sigma=0, solarise=0, flip=0)
+    values = {k: torch.as_tensor(change.get(k, v), dtype=torch.float32) for k, v in values.items()}
+    jitter = torch.stack([values[k].expand(N) for k in ("brightness", "contrast", "saturation", "hue")], -1)
+    boxes = F.pad(values["flip"].expand(N)[:, None], (4, 0))
+    views = gld.Views((x * 255).round().byte()[:, None], boxes[:, None], jitter[:, None],
+                      values["order"].long().expand(N, 4)[:, None], (values["grey"] > 0).expand(N)[:, None],
+                      values["sigma"].expand(N)[:, None], (values["solarise"] > 0).expand(N)[:, None])
+    return gld.augment(views, 2.0)[0] * STD + MEAN
 
-for part in ("teacher", "forward", "backward", "both"):
-    for arch in (80, 90):
-        check(part, arch)
-    for target in (("cuda", 100, 32), ("hip", "gfx942", 64)):
-        compiled(part, target)
 
-class Driver:
-    '''Names a GPU; nothing is executed.'''
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_active_torch_device(self): return torch.device("cpu")
-    def map_python_to_cpp_type(self, kind): return kind
+def pictures(n=6, size=20, seed=0):
+    x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    x[0] = x[0].mean()                  # a grey picture: it has no hue
+    return (x * 255).round() / 255
 
-def launch(kernel, grid):
-    return lambda *args, **kwargs: launched.add(kernel.run(*args, grid=grid, warmup=True, **kwargs).hash)
 
-triton.runtime.driver.set_active(Driver())
-triton.runtime.JITFunction.__getitem__, mk.INTERPRETED, launched = launch, True, set()
-temps = dict(student_temp=torch.tensor(0.1), teacher_temp=0.04)
-def local(V, Q, B, grid, K, dtype=torch.float16, index=None, **kwargs):
-    n = grid[0] * grid[1]
-    s, t = torch.zeros(V, B, n, K, dtype=dtype).requires_grad_(), torch.zeros(Q, B, n, K, dtype=dtype)
-    boxes = dict(student_boxes=torch.rand(V, B, 5) + 1, teacher_boxes=torch.rand(Q, B, 5) + 1, student_grid=grid,
-                 teacher_grid=grid) if index is None else dict(index=torch.zeros(V, Q, B, n, dtype=index))
-    mk.local_cross_entropy(s, t, torch.zeros(K), impl="triton", **temps, **boxes, **kwargs).backward()
-for K in (1, 16, 37, 2048):
-    local(1, 2, 1, (2, 2), K, skip_same_view=True)
-local(1, 1, 1, (1, 1), 1)
-local(2, 5, 3, (2, 1), 64, skip_same_view=True, hinge=False)
-local(2, 2, 3, (2, 2), 64, torch.bfloat16)
-local(2, 2, 3, (2, 2), 64, torch.float32)
-for index in (torch.int64, torch.int32, torch.uint8):
-    local(2, 2, 3, (2, 2), 64, index=index)
-z, w = torch.randn(2, 3, 4, 16).requires_grad_(), torch.randn(64, 16).requires_grad_()
-mk.head_cross_entropy([z, z[:, :, :1]], w, z[:2], w, torch.zeros(64), impl="triton", skip_same_view=True, **temps,
-                      student_boxes=torch.rand(4, 3, 5) + 1, teacher_boxes=torch.rand(2, 3, 5) + 1,
-                      student_grid=[(2, 2), (1, 1)], teacher_grid=(2, 2)).backward()
-s, p = torch.zeros(8, 32, 9, 64, dtype=torch.float16), torch.zeros(2, 32, 49, 64, dtype=torch.float16)  # as on a GPU
-match = torch.rand(10, 32, 5), 3, 3, 7, 7, "hinge", None
-mk._student_rows(s, p, 0.1, match, ds=s.view(torch.bfloat16), upstream=torch.ones(1))
-print(len(launched), "variants launched")
-assert len(launched) >= 20
+def test_every_colour_operation_equals_torchvisions_image_by_image():
+    x, close = pictures(), dict(rtol=0, atol=2e-5)
+    factor, shift = torch.tensor([0.6, 0.8, 1.0, 1.1, 1.3, 1.4]), torch.tensor([-0.1, -0.05, 0.02, 0.04, 0.1, 0.07])
+    for name, values in (("brightness", factor), ("contrast", factor), ("saturation", factor), ("hue", shift)):
+        expected = [getattr(TF, f"adjust_{name}")(image, v.item()) for image, v in zip(x, values)]
+        torch.testing.assert_close(augment_one(x, **{name: values}), torch.stack(expected), **close)
+    sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0, 0.3])
+    expected = [TF.gaussian_blur(image, [13, 13], [s.item()] * 2) for image, s in zip(x, sigma)]
+    torch.testing.assert_close(augment_one(x, sigma=sigma), torch.stack(expected), **close)
+    half = torch.tensor([1.0, 0, 1, 0, 1, 0])
+    pick = half.view(-1, 1, 1, 1) > 0
+    for name, changed in (("grey", TF.rgb_to_grayscale(x, 3)), ("flip", TF.horizontal_flip(x)),
+                          ("solarise", TF.solarize((x * 255).round().byte(), 128).float() / 255)):
+        torch.testing.assert_close(augment_one(x, **{name: half}), torch.where(pick, changed, x), **close)
+    torch.testing.assert_close(augment_one(x), x, **close)
+
+
+def test_jitter_applies_its_operations_in_the_drawn_order():
+    x, expected, values = pictures(24, seed=1), [], (1.3, 0.7, 0.6, 0.08)
+    ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    orders = list(itertools.permutations(range(4)))
+    for image, order in zip(x, orders):
+        for op in order:
+            image = ops[op](image, values[op])
+        expected.append(image)
+    found = augment_one(x, brightness=1.3, contrast=0.7, saturation=0.6, hue=0.08, order=orders)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=3e-5)
+
+
+def test_drawn_parameters_have_dinos_distribution():
+    torch.manual_seed(0)
+    image, n = torch.zeros(3, 75, 100, dtype=torch.uint8), 3000
+
+    def share(hits, expected):
+        assert abs(hits.double().mean() - expected) < 4 * math.sqrt(max(expected * (1 - expected), 1e-9) / n) + 1e-9
+
+    for scale, blur, solarise in (((0.4, 1.0), 1.0, 0.0), ((0.4, 1.0), 0.1, 0.2), ((0.05, 0.4), 0.5, 0.0)):
+        views = gld.draw_views(image, 2, scale, (0.1, 2.0), [(blur, solarise)] * n)
+        top, left, height, width, flip = views.boxes.double().T
+        assert (top >= 0).all() and (left >= 0).all() and (top + height <= 75).all() and (left + width <= 100).all()
+        crop = torchvision.transforms.RandomResizedCrop(2, scale)
+        other = torch.tensor([crop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)], dtype=torch.float64).T
+        pairs = (height * width, other[2] * other[3]), (width / height, other[3] / other[2]), (top, other[0])
+        for mine, torchs in pairs:
+            error = 4 * (mine.var() / n + torchs.var() / n).sqrt()
+            assert (mine.mean() - torchs.mean()).abs() < error and 0.9 < mine.std() / torchs.std() < 1.1
+        share(flip, 0.5), share(views.grey, 0.2), share(views.sigma > 0, blur), share(views.solarise, solarise)
+        jittered = views.jitter[:, 3] != 0
+        share(jittered, 0.8)
+        for column, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1)):
+            values = views.jitter[jittered, column]
+            assert low <= values.min() and values.max() <= high
+            assert abs(values.mean() - (low + high) / 2) < 0.02 and abs(values.std() - (high - low) / 12 ** 0.5) < 0.02
+        sigma = views.sigma[views.sigma > 0]
+        assert 0.1 <= sigma.min() and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.15
+        for op, place in np.ndindex(4, 4):
+            share(views.order[:, place] == op, 0.25)
+
+
+def test_matched_patches_show_the_same_place_through_the_real_pipeline():
+    """An image whose colours are its coordinates: what a patch shows says where it is."""
+    cfg = config(*"--preset paper --global-size 112 --local-size 96 --local-views 6 --arch vit_tiny".split())
+    H, W = 240, 330
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    image = torch.stack([y / H * 255, x / W * 255, torch.zeros(H, W)]).round().byte()
+    flips, matches = set(), 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        shown, grids, boxes = [], [], []                # per view: (patches, 2) the coordinates that its patches show
+        for part in gld.crop_views(image, cfg):
+            v = len(part.crops)
+            plain = part._replace(jitter=torch.tensor([1.0, 1, 1, 0]).expand(v, 4), grey=torch.zeros(v, dtype=bool),
+                                  sigma=torch.zeros(v), solarise=torch.zeros(v, dtype=bool))
+            views = gld.augment(gld.Views(*(field[None] for field in plain)), 2.0)[:, 0] * STD + MEAN
+            shown += list(F.avg_pool2d(views[:, :2], 16).flatten(2).mT * torch.tensor([H, W]))
+            grids += [(part.crops.shape[-1] // 16,) * 2] * v
+            boxes += list(part.boxes)
+        assert len(boxes) == 8 and part.crops.dtype == torch.uint8
+        for v in range(8):
+            assert (shown[v] - centres(boxes[v], grids[v])).abs().max() < 1.5   # 8 bits of colour, and the edges
+            for q in range(2):
+                index, weight = geometric_matches(boxes[v], boxes[q], grids[v], grids[q])
+                cells = torch.stack([boxes[v][2:4] / grids[v][0], boxes[q][2:4] / grids[q][0]])
+                low, high = boxes[q][:2], boxes[q][:2] + boxes[q][2:4]
+                inside = ((shown[v] > low + 2) & (shown[v] < high - 2)).all(1)
+                apart = (shown[v] - shown[q][index]).abs()
+                assert (apart[inside] <= cells[1] / 2 + 3).all()                # 3: twice the 1.5 of above
+                assert (weight[inside] > 0).sum() >= inside.sum() - 1
+                assert (apart[weight > 0].norm(dim=1) < (cells / 2).norm(dim=1).max() + 5).all()
+                flips.add((v < 2, bool(boxes[v][4]), bool(boxes[q][4])))
+                matches += int((weight > 0).sum())
+    assert len(flips) == 8 and matches > 3500
+
+
+def test_views_depend_on_seed_epoch_and_image_only():
+    data = gld.ViewDataset(gld.Images(*gld.draw_shapes(8, 0), "shapes"), config())
+    (first, _), state = data[(3, 5)], torch.get_rng_state()
+    torch.rand(7)
+    again, _ = data[(3, 5)]
+    assert all(torch.equal(a, b) for one, other in zip(first, again) for a, b in zip(one, other))
+    for other in (data[(4, 5)], data[(3, 6)], gld.ViewDataset(data.images, config("--seed", 1))[(3, 5)]):
+        assert not torch.equal(first[0].boxes, other[0][0].boxes)
+    torch.set_rng_state(state)
+    assert torch.equal(torch.rand(3), (torch.set_rng_state(state), data[(0, 0)], torch.rand(3))[2])    # state is kept
+    batches = []
+    for world in (1, 2, 4):             # the same global batches whatever the number of processes
+        cfg = config("--batch-size", 4 // world)
+        loaders = [gld.make_loader(data.images, cfg, rank, world, range(1, 4), 2) for rank in range(world)]
+        batches.append([torch.cat([views[0].boxes for views, _ in step]) for step in zip(*loaders)])
+    assert all(torch.equal(a, b) for other in batches[1:] for a, b in zip(batches[0], other)) and len(batches[0]) == 3
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+def save_odd_images(folder):
+    """One file of each awkward kind, all of the same picture; returns the picture (48, 64, 3)."""
+    y, x = np.mgrid[:48, :64]
+    rgb = np.stack([4 * y, 3 * x, 255 - 2 * x], -1).astype(np.uint8)
+    picture, exif = Image.fromarray(rgb), Image.Exif()
+    exif[0x0112] = 6                    # stored rotated: to be shown after a quarter turn clockwise
+    picture.save(folder / "plain.png")
+    picture.save(folder / "plain.jpg", quality=95)
+    picture.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(folder / "palette.png")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    picture.save(folder / "plain.webp", lossless=True)
+    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(180)])
+    picture.rotate(90, expand=True).save(folder / "rotated.jpg", exif=exif, quality=95)
+    picture.convert("L").save(folder / "grey.jpg", quality=95)
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    return rgb
+
+
+def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
+    (tmp_path / "data").mkdir()
+    rgb = save_odd_images(tmp_path / "data").astype(float)
+    grey = np.asarray(Image.fromarray(rgb.astype(np.uint8)).convert("L"), float)[..., None].repeat(3, 2)
+    for path in (tmp_path / "data").iterdir():
+        image = gld.decode(path.read_bytes())
+        assert image.shape == (3, 48, 64) and image.dtype == torch.uint8, path.name
+        expected = grey if path.stem in ("grey", "deep") else rgb
+        assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 6, path.name
+    for size in ((1, 5000), (5000, 1), (1, 1)):
+        save_pictures(tmp_path / "data" / f"{size}", 1, size)
+    done = train_ok("--data data --preset small --data-fraction 1 --batch-size 6 --epochs 2", tmp_path)
+    assert "cannot be read" not in done.stdout and not any(row["unreadable"] for row in log_of(tmp_path / "output"))
+
+
+def test_folders_their_classes_and_what_is_skipped(tmp_path):
+    for name in ("b/1.png", "a/2.PNG", "a/deep/3.png", "a/._2.png", ".cache/x.png", "a/.hidden/4.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name, format="png")
+    (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
+    images = gld.load_images(str(tmp_path / "set"), "train")
+    assert [os.path.relpath(images.name(i), tmp_path / "set") for i in range(len(images))] == [
+        "a/2.PNG", "a/deep/3.png", "b/1.png"]
+    assert images.labels.tolist() == [0, 0, 1] and images.items.dtype.kind == "S"
+    assert str(images) == f"3 images in 2 classes of {tmp_path}/set"
+    assert gld.load_images(str(tmp_path / "set/a/deep"), "train").labels.tolist() == [0]
+    for data, words in ((HERE / ".ci", "no images"), (tmp_path / "nowhere", "not found; built-in datasets: shapes")):
+        with pytest.raises(gld.BadInput, match=words):
+            gld.load_images(str(data), "train")
+
+
+@pytest.mark.parametrize("parts,data,refused", [
+    (("Train", "Val"), "", True), (("imagenet/train", "imagenet/val"), "", True), (("val",), "", True),
+    (("TEST", "a"), "", True), (("train", "val"), "", False), (("train", "val"), "train", False),
+    (("train", "val"), "val", False)])
+def test_validation_images_are_not_trained_on(tmp_path, parts, data, refused):
+    for part in parts:
+        save_pictures(tmp_path / "data" / part / "a", 1), save_pictures(tmp_path / "data" / part / "b", 1)
+    for source in (tmp_path / "data" / data, pack(tmp_path / "data.tar", tmp_path / "data" / data)):
+        if "imagenet" in parts[0] and str(source).endswith(".tar"):
+            refused = False             # the folders that hold everything in a .tar are passed over
+        with pytest.raises(gld.BadInput, match="would also train on") if refused else contextlib.nullcontext():
+            assert len(gld.load_images(str(source), "train")) == 2
+
+
+def test_data_fraction_is_balanced_and_shapes_are_reproducible():
+    whole, part, val = (gld.load_images("shapes", *args) for args in (["train"], ["train", 0.1], ["val"]))
+    counts, parts = np.bincount(whole.labels), np.bincount(part.labels)
+    assert len(parts) == len(counts) == 12 and (parts == np.ceil(counts * 0.1)).all() and whole.items.dtype == np.uint8
+    assert np.array_equal(part.items, gld.load_images("shapes", "train", 0.1).items)
+    assert np.array_equal(whole.items[:24], gld.draw_shapes(24, 0)[0]) and np.bincount(val.labels).min() > 50
+    assert not {x.tobytes() for x in whole.items} & {x.tobytes() for x in val.items}
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_an_archive_is_read_in_place_as_its_folder_would_be(tmp_path, split):
+    for name in ("train/a", "train/b", "val/a", "val/b") if split else ("a", "b"):
+        save_pictures(tmp_path / "data" / name, 3 + len(name) % 2)
+    archive = pack(tmp_path / "data.tar", tmp_path / "data")
+    for part in ("train", "val") if split else ("train",):
+        one, other = (gld.load_images(str(data), part) for data in (tmp_path / "data", archive))
+        assert one.classes.tolist() == other.classes.tolist() == [b"a", b"b"]
+        assert one.labels.tolist() == other.labels.tolist()
+        assert all(torch.equal(one.read(i), other.read(i)) for i in range(len(one)))
+        assert other.name(0) == one.name(0).replace(str(tmp_path / "data"), archive + "/set")
+    with contextlib.nullcontext() if split else pytest.raises(gld.BadInput, match="must hold train/"):
+        gld.load_images(archive, "val", must_split=True)
+    for output, data in (("tar", archive), ("folder", tmp_path / "data")):
+        options = f"--data {data} --preset small --data-fraction 1 --batch-size 3 --output {output}"
+        train_ok(options + " --workers 1" * (output == "tar"), tmp_path)
+    same_weights(checkpoint(tmp_path / "tar"), checkpoint(tmp_path / "folder"))
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "data.tar", "folder", "tar"}     # nothing unpacked
+
+
+def test_hostile_and_broken_archives(tmp_path):
+    save_pictures(tmp_path / "data/train/a", 20)
+    picture = (tmp_path / "data/train/a/0000.png").read_bytes()
+    with tarfile.open(tmp_path / "hostile.tar", "w") as archive:
+        for name in ("../outside.png", str(tmp_path / "absolute.png"), "inside.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture)
+            archive.addfile(member, io.BytesIO(picture))
+        for kind, name in ((tarfile.SYMTYPE, "symbolic.png"), (tarfile.LNKTYPE, "hard.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    files = gld.list_files(tmp_path / "hostile.tar")
+    assert len(files) == 3 and {size for *_, size in files} == {len(picture)}
+    plain = Path(pack(tmp_path / "plain.tar", tmp_path / "data")).read_bytes()
+    (tmp_path / "truncated.tar").write_bytes(plain[:len(plain) // 2 + 100])
+    (tmp_path / "text.tar").write_text("hello")
+    (tmp_path / "empty.tar").touch()
+    pack(tmp_path / "zipped.tgz", tmp_path / "data", "w:gz")
+    before = sorted(tmp_path.iterdir())
+    for path in ("zipped.tgz", "truncated.tar", "text.tar", "empty.tar"):
+        done = run(f"gld.py --data {path} --preset small", tmp_path)
+        assert done.returncode == 2 and path in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert ("gunzip it first" in done.stderr) == (path == "zipped.tgz")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_million_paths_cost_a_worker_little(tmp_path, monkeypatch):
+    """Little is copied into a worker that forks, nor sent to one that does not."""
+    names = [f"set/n{i // 1300:08}/n{i // 1300:08}_{i:012}_photograph.JPEG".encode() for i in range(10 ** 6)]
+    monkeypatch.setattr(gld, "list_files", lambda path: [(name, 512 * i, 100) for i, name in enumerate(names)])
+    (tmp_path / "big.tar").touch()
+    images = gld.load_images(str(tmp_path / "big.tar"), "train")
+    assert len(images) == 10 ** 6 and images.name(7) == f"{tmp_path}/big.tar/{names[7].decode()}"
+    assert len(pickle.dumps(gld.ViewDataset(images, config()))) < 100e6
+    reader, writer = os.pipe()
+    if not os.fork():                   # a worker: it reads every third name, and tells how much memory became its own
+        own = lambda: sum(map(int, re.findall(r"Private_\w+: +(\d+)", Path("/proc/self/smaps_rollup").read_text())))
+        before = own()
+        for i in range(0, 10 ** 6, 3):
+            images.name(i), images.labels[i], images.spans[i]
+        os.write(writer, str(own() - before).encode())
+        os._exit(0)
+    os.wait()
+    assert int(os.read(reader, 99)) < 50_000            # kB
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_files_are_named_counted_and_replaced(tmp_path, workers):
+    folder = tmp_path / "data"
+    save_pictures(folder, 800)
+    whole = (folder / "0000.png").read_bytes()
+    bad = {"0001.png": whole[:len(whole) // 2], "0002.png": b"", "0003.png": b"text", "0004.png": b"\xff\xd8\xff\xe0",
+           "0005.png": whole[:16] + b"\xff\xff\xff\xf0" * 2 + whole[24:]}       # the last: a decompression bomb
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "0006.png").unlink()
+    (folder / "0006.png").symlink_to("nowhere")
+    options = "--data data --preset small --data-fraction 1 --epochs 2 --batch-size 40 --local-views 0"
+    done = train_ok(f"{options} --workers {workers}", tmp_path)
+    for name in (*bad, "0006.png"):
+        assert done.stdout.count(name) == 1, (name, done.stdout)                # named once, counted in each epoch
+    assert [row["unreadable"] for row in log_of(tmp_path / "output")] == [6, 6]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, processes):
+    save_pictures(tmp_path / "data", 90)
+    for i in range(10):
+        (tmp_path / "data" / f"text{i}.jpg").write_text("not an image")
+    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 10", tmp_path, processes)
+    lines = [line for line in done.stderr.splitlines() if "gld.py: error" in line]
+    assert done.returncode == 2 and len(lines) == 1 and "more than 1 %" in lines[0], done.stderr
+    for path in (tmp_path / "data").glob("*.png"):
+        path.unlink()
+    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 2 --workers 1", tmp_path)
+    assert done.returncode == 2 and "100 files in a row" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@bench
+def test_worker_against_pillow(capsys, request):
+    """Decode and ten views of photographs, one core: torchvision's transforms on Pillow images, as the official code,
+    against our DataLoader worker. Then the .tar against its folder. Reports; asserts nothing about time."""
+    from torchvision import transforms as T
+    archive = HERE.parent / "shared/data/imagenet-64.tar"
+    if request.config.getoption("markexpr") != "bench" or not archive.exists():
+        pytest.skip("run it with -m bench -s")
+    cfg, images = config("--data", archive), gld.load_images(str(archive), "train")
+
+    def views(size, scale, blur, solarise):
+        return T.Compose([
+            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
+            T.RandomApply([lambda x: x.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2)))], blur),
+            T.RandomSolarize(128, solarise), T.ToTensor(), T.Normalize(gld.PIXEL_MEAN, gld.PIXEL_STD)])
+
+    recipe = [views(224, (0.4, 1), 1, 0), views(224, (0.4, 1), 0.1, 0.2)] + [views(96, (0.05, 0.4), 0.5, 0)] * 8
+
+    def pillow(i):
+        offset, size = images.spans[i].tolist()
+        picture = Image.open(io.BytesIO(os.pread(gld.open_archive(images.root), size, offset))).convert("RGB")
+        return [view(picture) for view in recipe]
+
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        data, from_folder = (gld.ViewDataset(x, cfg) for x in (images, gld.load_images(folder, "train")))
+        ways = {"Pillow": pillow, "ours, .tar": lambda i: data[(0, i)], "ours, folder": lambda i: from_folder[(0, i)]}
+        times = {name: [] for name in ways}
+        for _, (name, way) in itertools.product(range(3), ways.items()):
+            began = time.process_time()
+            for i in range(len(images)):
+                way(i)
+            times[name].append(1000 * (time.process_time() - began) / len(images))
+    median = {name: sorted(x)[1] for name, x in times.items()}
+    with capsys.disabled():
+        print("\nCPU ms per image, 10 views:", ", ".join(f"{name} {ms:.2f}" for name, ms in median.items()),
+              f"; Pillow / ours {median['Pillow'] / median['ours, .tar']:.1f}, .tar / folder "
+              f"{median['ours, .tar'] / median['ours, folder']:.2f}")
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+@pytest.mark.parametrize("arch", gld.ARCHS)
+def test_every_backbone_at_both_sizes(arch):
+    small = arch == "conv_tiny"
+    with torch.device("meta"):
+        backbone = gld.Backbone(arch, 32 if small else 224, drop_path=0.1)
+        for size in (32, 16) if small else (224, 96):
+            patches = (size // gld.stride_of(arch, 16)) ** 2
+            image, local = backbone(torch.randn(2, 3, size, size))
+            assert image.shape == (2, backbone.width) and local.shape == (2, patches, backbone.width)
+    assert not any(key.startswith(("head", "fc")) for key in backbone.net.state_dict())
+    depths = [m.p for m in backbone.modules() if isinstance(m, gld.StochasticDepth)]
+    assert not depths or depths[0] == 0 and math.isclose(depths[-1], 0.1) and depths == sorted(depths)
+    if arch.startswith(("swin", "vit")):
+        expected = 0.2 if arch in ("swin_s", "swin_b") else 0.1
+        assert config("--preset", "paper", "--arch", arch).drop_path == expected
+
+
+@torch.no_grad()
+def test_swin_equals_torchvisions_at_224_and_the_official_one_on_small_grids():
+    ours, theirs = gld.Backbone("swin_t").eval(), torchvision.models.swin_t().eval()
+    theirs.head = torch.nn.Identity()
+    theirs.load_state_dict(ours.net.state_dict())
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+    for size in (224, 160):
+        x = torch.randn(1, 3, size, size)
+        torch.testing.assert_close(ours(x)[0], theirs(x), rtol=1e-4, atol=1e-5)
+    assert (ours(x[..., :96, :96])[0] - theirs(x[..., :96, :96])).abs().max() > 1e-3
+    # the official block: pad 6 x 6 to 7 x 7, shift by 3, mask by regions made of slices, shift back
+    attention = ours.net.features[5][1].attn
+    attention.relative_position_bias_table.normal_()
+    x, (heads, C) = torch.randn(2, 6, 6, 384), (12, 384)
+    padded = torch.roll(F.pad(x, (0, 0, 0, 1, 0, 1)), (-3, -3), (1, 2)).view(2, 49, C)
+    regions = torch.zeros(7, 7)
+    slices = (slice(0, -7), slice(-7, -3), slice(-3, None))
+    for number, (rows, cols) in enumerate(itertools.product(slices, slices)):
+        regions[rows, cols] = number
+    regions = regions.view(49)
+    mask = torch.where(regions[None] == regions[:, None], 0.0, -100.0)
+    q, k, v = attention.qkv(padded).view(2, 49, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+    bias = attention.relative_position_bias_table[attention.relative_position_index]
+    bias = bias.view(49, 49, heads).permute(2, 0, 1)
+    weights = (q * (C // heads) ** -0.5 @ k.mT + bias + mask).softmax(-1)
+    expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 49, C)).view(2, 7, 7, C)
+    torch.testing.assert_close(attention(x), torch.roll(expected, (3, 3), (1, 2))[:, :6, :6], rtol=1e-4, atol=1e-5)
+    assert all(block.attn.shift_size == [0, 0] for block in ours.net.features[7])
+
+
+def test_vit_starts_with_the_official_statistics():
+    torch.manual_seed(0)
+    net = gld.Backbone("vit_tiny").net
+    for name, x in net.named_parameters():
+        linear = x.ndim == 2 or "class_token" in name or "pos_embedding" in name
+        if linear:
+            assert abs(x.std() / 0.02 - 1) < (0.2 if "class_token" in name else 0.05) and x.abs().max() <= 2, name
+        elif "bias" in name and "conv_proj" not in name:
+            assert (x == 0).all(), name
+    limit = 1 / (3 * 16 * 16) ** 0.5    # torch's default for a convolution: uniform
+    assert abs(net.conv_proj.weight.std() / (limit / 3 ** 0.5) - 1) < 0.05 and net.conv_proj.weight.abs().max() <= limit
+    backbone = gld.Backbone("vit_tiny", 64, 16)
+    embedding = backbone.net.encoder.pos_embedding
+    assert torch.equal(backbone.position_embedding(4, 4), embedding)
+    grid = embedding[0, 1:].T.view(1, 192, 4, 4)
+    plain = F.interpolate(grid, size=(2, 3), mode="bicubic", antialias=False).flatten(2).mT
+    torch.testing.assert_close(backbone.position_embedding(2, 3)[:, 1:], plain)
+
+
+def test_heads_schedules_and_clipping():
+    for norm in (True, False):
+        head = gld.Head(24, config("--norm-last-layer" if norm else "--no-norm-last-layer", "--out-dim", 20))
+        torch.testing.assert_close(head(torch.randn(5, 24)).norm(dim=1), torch.ones(5))
+        torch.testing.assert_close(head.weight().norm(dim=1), torch.ones(20))
+        assert head.gain.requires_grad != norm
+    lr = [gld.cosine(1.0, 0.1, step, 100, 10) for step in range(101)]
+    assert lr[0] == 0 and lr[9] == 1 and lr[10] == 1 and math.isclose(lr[100], 0.1) and max(lr) == 1
+    assert all(a >= b for a, b in zip(lr[10:], lr[11:])) and math.isclose(lr[55], 0.55)
+    assert gld.cosine(0.996, 1, 0, 1) == 0.996 and gld.cosine(1.0, 0.1, 0, 1, 1) == 0
+    cfg = argparse.Namespace(teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30)
+    assert [round(gld.teacher_temp_at(epoch, cfg), 6) for epoch in (0, 29, 30, 299)] == [0.04, 0.07, 0.07, 0.07]
+    cfg.warmup_teacher_temp_epochs = 0
+    assert gld.teacher_temp_at(0, cfg) == 0.07
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (4, 2, 1)]
+    parameters[0].grad, parameters[1].grad = torch.full((4,), 10.0), torch.full((2,), 0.1)
+    assert math.isclose(gld.clip_gradients(parameters, 3.0), math.hypot(20, 0.1 * 2 ** 0.5), rel_tol=1e-5)
+    assert math.isclose(parameters[0].grad.norm(), 3, rel_tol=1e-5) and (parameters[1].grad == 0.1).all()
+    assert gld.clip_gradients(parameters, 0) < 4 and math.isclose(parameters[0].grad.norm(), 3, rel_tol=1e-5)
+
+
+def test_backbone_pt_loads_into_torchvision(tmp_path):
+    options = "--max-steps 1 --batch-size 2 --global-size 64 --local-size 32"
+    for arch, make, head in (
+            ("swin_t", torchvision.models.swin_t, "head."), ("resnet50", torchvision.models.resnet50, "fc."),
+            ("vit_tiny", lambda: torchvision.models.VisionTransformer(64, 8, 12, 3, 192, 768), "heads.")):
+        train_ok(f"{options} --arch {arch} --output {arch}", tmp_path)
+        state = torch.load(tmp_path / arch / "backbone.pt", weights_only=True)
+        missing, unexpected = make().load_state_dict(state, strict=False)
+        assert not unexpected and missing and all(key.startswith(head) for key in missing)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+@pytest.mark.parametrize("matching", ["geometric", "similarity"])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, matching):
+    """On a network without batch norm."""
+    options = f"--matching {matching} --arch vit_tiny --drop-path 0 --max-steps 1"
+    train_ok(f"{options} --batch-size 4 --output one", tmp_path)
+    two = train_ok(f"{options} --batch-size 2 --output two", tmp_path, processes=2)
+    assert two.stdout.count("step 1 ") == 1             # one process prints
+    one, two = (log_of(tmp_path / name)[0] for name in ("one", "two"))
+    for key in ("loss_global", "loss_local", "grad_norm"):
+        assert math.isclose(one[key], two[key], rel_tol=1e-5, abs_tol=1e-9), key
+    a, b = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    torch.testing.assert_close(a["centers"], b["centers"], rtol=1e-5, atol=1e-6)
+    for key, state in a["optimizer"]["state"].items():  # after one step, exp_avg is a tenth of the gradient
+        torch.testing.assert_close(state["exp_avg"], b["optimizer"]["state"][key]["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [3, 30, 37])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
+    """Stopped in the middle of an epoch, at its end, and in the next one; 30 steps are an epoch."""
+    whole = tmp_path.parent / "whole"
+    if not whole.exists():
+        train_ok(f"--epochs 2 --max-steps 40 --output {whole}", tmp_path)
+    train_ok(f"--epochs 2 --max-steps {stop} --output parts --workers 1", tmp_path)
+    done = train_ok("--epochs 2 --max-steps 40 --output parts --workers 1", tmp_path)
+    assert f"from step {stop}" in done.stdout
+    same_weights(checkpoint(whole), checkpoint(tmp_path / "parts"))
+    assert [row["step"] for row in log_of(tmp_path / "parts")] == sorted({stop, 30, 40})
+
+
+def test_stochastic_depth_is_the_same_after_a_resume(tmp_path):
+    """What the student drops is drawn in the main process: for each step anew, not from what was drawn before."""
+    options = "--arch vit_tiny --drop-path 0.5 --local-views 0 --batch-size 2"
+    train_ok(f"{options} --max-steps 4 --output whole", tmp_path)
+    for steps in (2, 4):
+        train_ok(f"{options} --max-steps {steps} --output parts", tmp_path)
+    same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    x = [torch.randn(2, 4, 3, 32, 32)]
+    student, teacher = (gld.Network(config(*options.split()), p) for p in (0.5, 0.0))
+    assert not torch.equal(student(x).global_z, student(x).global_z)
+    assert torch.equal(teacher(x).global_z, teacher(x).global_z)
+
+
+def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeypatch):
+    networks, batches = [], []
+    monkeypatch.setattr(gld, "Network", lambda *args, make=gld.Network: networks.append(make(*args)) or networks[-1])
+    monkeypatch.setattr(gld, "augment", lambda *args, f=gld.augment: batches.append(f(*args)) or batches[-1])
+    train_ok("--no-norm-last-layer --max-steps 1 --output one", tmp_path)
+    end = checkpoint(tmp_path / "one")
+    torch.manual_seed(0)
+    start = type(networks[0])(config(*QUICK.split(), "--no-norm-last-layer"))
+    for name, value in start.named_parameters():        # the teacher moved by 1 - 0.99 of the student's step
+        moved = end["student"][name] - value
+        assert moved.abs().max() > 0, name
+        torch.testing.assert_close(end["teacher"][name], value + 0.01 * moved, rtol=1e-4, atol=1e-8)
+    with torch.no_grad():               # the centres moved a tenth of the way to the teacher's mean logits
+        teacher = start(batches[:1])
+    logits = (teacher.global_z @ teacher.global_weight.T, teacher.local_z[0] @ teacher.local_weight.T)
+    means = torch.stack([x.flatten(0, 2).mean(0) for x in logits])
+    torch.testing.assert_close(end["centers"], 0.1 * means, rtol=1e-4, atol=1e-6)
+    groups = end["optimizer"]["param_groups"]           # weight decay spares biases and norms
+    parameters = [p for p in start.parameters() if p.requires_grad]
+    assert len(groups[0]["params"]) == sum(p.ndim > 1 for p in parameters) and groups[0]["weight_decay"] > 0.039
+    assert len(groups[1]["params"]) == sum(p.ndim <= 1 for p in parameters) and groups[1]["weight_decay"] == 0
+    assert not any(p.requires_grad or p.grad_fn for p in networks[1].parameters())      # the teacher: no autograd
+    train_ok("--no-norm-last-layer --max-steps 3 --freeze-last-layer 1 --output frozen", tmp_path)
+    end = checkpoint(tmp_path / "frozen")
+    for name, value in start.named_parameters():
+        frozen = "head.direction" in name or "head.gain" in name
+        assert torch.equal(end["student"][name], value) == frozen, name
+
+
+def test_no_local_views_one_patch_grids_and_other_corners(tmp_path):
+    for i, options in enumerate(("--local-views 0", "--local-size 8 --global-size 8", "--matching none --local-views 0",
+                                 "--matching similarity --local-size 8", "--arch vit_tiny --clip-grad 0 --no-hinge")):
+        train_ok(f"--max-steps 1 --output {i} {options}", tmp_path)
+
+
+def test_init_from_takes_both_networks(tmp_path):
+    train_ok("--max-steps 2 --output a", tmp_path)
+    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
+    train_ok(f"--max-steps 1 --output b --init-from a/checkpoint.pt {frozen}", tmp_path)
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    for name in ("student", "teacher"):
+        assert b["step"] == 1 and all(torch.equal(a[name][k], b[name][k]) for k in a[name] if "running" not in k
+                                      and "num_batches" not in k)
+    train_ok(f"--max-steps 2 --output b --init-from a/checkpoint.pt {frozen}", tmp_path)   # the same command resumes
+    for options, words in (("--output b", "--init-from"), ("--output c --arch vit_tiny", "--arch"),
+                           ("--output c --matching none", "--matching"), ("--output c --out-dim 32", "--out-dim")):
+        other = "" if words == "--init-from" else "--init-from a/checkpoint.pt"
+        done = run(f"gld.py {QUICK} {frozen} --max-steps 3 {other} {options}", tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith(f"gld.py: error: {words}") and len(done.stderr) < 300
+    done = run(f"gld.py {QUICK} --output c --init-from a/backbone.pt", tmp_path)
+    assert done.returncode == 2 and "was not written by gld.py" in done.stderr
+
+
+def test_profile_reports_each_phase_and_saves_no_checkpoint(tmp_path):
+    done = train_ok("--profile 2 --output p", tmp_path)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    rows = {row[0]: float(row[1]) for row in rows if row[0] in gld.PHASES}
+    assert set(rows) == set(gld.PHASES) and all(ms > 0 for ms in rows.values())
+    assert "images/s while profiling" in done.stdout
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["trace.json"]
+    names = {event.get("name") for event in json.loads((tmp_path / "p/trace.json").read_text())["traceEvents"]}
+    assert names >= set(gld.PHASES)
+
+
+def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
+    train_ok("--epochs 2 --eval-every 2 --output a", tmp_path)
+    train_ok("--epochs 2 --output b", tmp_path)
+    same_weights(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    assert [row.get("knn") is not None for row in log_of(tmp_path / "a")] == [False, True]
+    run("eval_knn.py --checkpoint a/checkpoint.pt --k 20 --workers 0 --json knn.json", tmp_path)
+    expected = json.loads((tmp_path / "knn.json").read_text())["a/checkpoint.pt"]["20-NN"][0]
+    assert math.isclose(log_of(tmp_path / "a")[1]["knn"], expected, abs_tol=0.01)
+    done = train_ok("--epochs 1 --eval-every 1 --batch-size 4 --output c", tmp_path, processes=2)
+    assert re.search(r"20-NN \d+\.\d %", done.stdout) and log_of(tmp_path / "c")[0]["knn"] > 0
+    save_pictures(tmp_path / "flat", 20)
+    done = run(f"gld.py {QUICK} --data flat --data-fraction 1 --preset small --eval-every 1 --output d", tmp_path)
+    assert done.returncode == 2 and "must hold train/" in done.stderr
+
+
+def test_the_built_in_run_learns(tmp_path):
+    """A shortened version of the README's first two commands is far above the untrained network and raw pixels."""
+    assert run("gld.py --epochs 7 --eval-every 7 --workers 1", tmp_path).returncode == 0
+    assert run("eval_knn.py --k 20 --json knn.json --workers 0", tmp_path).returncode == 0
+    top1 = {name: values["20-NN"][0] for name, values in json.loads((tmp_path / "knn.json").read_text()).items()
+            if isinstance(values, dict) and "20-NN" in values}
+    trained = top1.pop("output/checkpoint.pt")
+    print(trained, top1)
+    assert len(top1) == 2 and trained > max(top1.values()) + 10
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("more", ["", "--precision fp16", "--compile", "--arch swin_t --global-size 64 --local-size 32"]
+                         )
+def test_training_and_evaluation_run_on_a_gpu(tmp_path, more):
+    options = f"--device cuda --local-views 2 --workers 2 {more}"
+    train_ok(f"{options} --max-steps 3", tmp_path)
+    train_ok(f"{options} --max-steps 6", tmp_path)
+    log = log_of(tmp_path / "output")
+    assert len(log) == 2 and all(math.isfinite(row["loss_global"] + row["loss_local"]) for row in log)
+    train_ok(f"{options} --profile 3", tmp_path)
+    assert run("eval_knn.py --device cuda --k 5 --linear", tmp_path).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL to the process (its workers notice by themselves) at two random moments. 15 steps are an epoch."""
+    options = f"gld.py {QUICK} --batch-size 16 --workers 1 --epochs 12"
+    assert run(f"{options} --output whole", tmp_path).returncode == 0
+    moments = np.random.default_rng(int(time.time()))
+    for kill in range(2):
+        process = launch(f"{options} --output parts", tmp_path)
+        wait_for(process, "step 1 " if kill == 0 else "from step")
+        time.sleep(moments.uniform(0, 2))
+        process.kill()
+        process.communicate()
+        if kill == 0:                   # as if killed while it wrote
+            (tmp_path / "parts/checkpoint.tmp").write_bytes(b"half of a checkpoint")
+        path = tmp_path / "parts/checkpoint.pt"
+        assert not path.exists() or torch.load(path, weights_only=True)["step"] % 15 == 0
+    assert run(f"{options} --output parts", tmp_path).returncode == 0
+    same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert sorted(x.name for x in (tmp_path / "parts").iterdir()) == ["backbone.pt", "checkpoint.pt", "log.jsonl"]
+    steps = [[row["step"] for row in log_of(tmp_path / name)] for name in ("whole", "parts")]
+    assert steps[0] == steps[1] == list(range(15, 181, 15))                     # no line twice
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, number):
+    """To the whole process group, as a scheduler or a terminal sends it: DataLoader workers must not die of it."""
+    process = launch(f"gld.py {QUICK} --workers 1 --epochs 50", tmp_path)
+    wait_for(process, "step 1 ")
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == gld.STOPPED == 75 and "Traceback" not in said, said
+    assert said.count("stopping after this step; Ctrl-C again quits now") == 1 and "rerun the same command" in said
+    step = checkpoint(tmp_path / "output")["step"]
+    assert 1 <= step < 1500
+    assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
+
+
+def test_a_second_ctrl_c_quits_and_handlers_are_restored(tmp_path, monkeypatch):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    def two_signals(*args, f=gld.distillation_loss, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
+        return f(*args, **kwargs)
+
+    monkeypatch.setattr(gld, "distillation_loss", two_signals)
+    done = run(f"gld.py {QUICK}", tmp_path)
+    assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    monkeypatch.undo()
+    codes = []                          # outside the main thread no handler can be set; the run works all the same
+    arguments = f"{QUICK} --max-steps 1 --output {tmp_path}/thread --device cpu".split()
+    thread = threading.Thread(target=lambda: codes.append(gld.main(arguments)))
+    thread.start(), thread.join()
+    assert codes == [0]
+
+
+def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path):
+    """Stopped in the middle of an epoch, all processes at one step; one process finishes the job."""
+    process = launch(f"gld.py {QUICK} --batch-size 4 --epochs 50", tmp_path, processes=2)
+    wait_for(process, "step 1 ")
+    started = [pid for child in children(process.pid) for pid in (child, *children(child))]
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    step = checkpoint(tmp_path / "output")["step"]
+    assert said.count(f"stopped on request: saved at step {step}") == 1 and process.returncode, said
+    assert len(started) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in started)
+    assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
+
+
+def test_processes_started_by_slurm_exit_with_75(tmp_path):
+    """The variables of the README's script, and SIGTERM to every process, workers too."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        variables = dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="localhost", MASTER_PORT=port)
+        processes.append(launch(f"gld.py {QUICK} --workers 1 --epochs 50", tmp_path, env=os.environ | variables))
+    wait_for(processes[0], "step 1 ")
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    said = processes[0].communicate(timeout=60)[0]
+    assert [process.wait(60) for process in processes] == [75, 75] and "stopped on request: saved" in said
+
+
+@pytest.mark.parametrize("where", ["local loss", "gradient"])
+def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkeypatch, where):
+    """Patched for one process of two: the loss, or a gradient. Nothing may have moved since the step before."""
+    networks, seen, state = [], [], {}
+    monkeypatch.setattr(gld, "Network", lambda *args, make=gld.Network: networks.append(make(*args)) or networks[-1])
+
+    def parameters(centers):
+        return {f"{i}.{k}": v for i, net in enumerate(networks) for k, v in net.named_parameters()} | dict(c=centers)
+
+    def poisoned(student, teacher, centers, *args, f=gld.distillation_loss, **kwargs):
+        global_loss, local_loss = f(student, teacher, centers, *args, **kwargs)
+        seen.append(centers)
+        if len(seen) == 3:
+            state.update({name: value.clone() for name, value in parameters(centers).items()})
+            if os.environ["RANK"] == "1" and where == "gradient":
+                student.global_z.register_hook(lambda grad: grad * math.nan)
+            elif os.environ["RANK"] == "1":
+                local_loss = local_loss * math.nan
+        return global_loss, local_loss
+
+    def main(argv, f=gld.main):
+        code = f(argv)
+        assert len(seen) == 3 and all(torch.equal(value, state[name]) for name, value in parameters(seen[0]).items())
+        print("untouched", flush=True)
+        return code
+
+    monkeypatch.setattr(gld, "distillation_loss", poisoned)
+    monkeypatch.setattr(gld, "main", main)
+    done = run(f"gld.py {QUICK} --batch-size 4", tmp_path, processes=2)
+    assert done.codes == [1, 1] and f"the {where} is nan at step 2" in done.stderr, done.stdout + done.stderr
+    assert done.stdout.count("untouched") == 2
+    assert "lr 0" in done.stderr and not (tmp_path / "output/checkpoint.pt").exists()
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
+    """No file may grow past 50 kB, as if the disk were full there; then the disk has room again."""
+    options = f"gld.py {QUICK} --epochs 2"
+    train_ok("--epochs 2 --max-steps 30", tmp_path)
+    before = (tmp_path / "output/checkpoint.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    full = launch(options, tmp_path, preexec_fn=limit)
+    said = full.communicate(timeout=120)[0]
+    assert full.returncode == 1 and said.count("cannot write output/checkpoint.pt") == 1, said
+    assert (tmp_path / "output/checkpoint.pt").read_bytes() == before and "epoch 1 step 60" in said
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
+    assert "from step 30" in train_ok("--epochs 2", tmp_path).stdout
+    calls, write = [], torch.save       # the second save works where the first did not, and the run ends well
+
+    def full_at_first(content, file):
+        calls.append(file)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", full_at_first)
+    done = train_ok("--epochs 2 --output again", tmp_path)
+    assert done.stderr.count("No space left on device") == 1
+    same_weights(checkpoint(tmp_path / "again"), checkpoint(tmp_path / "output"))
+
+
+def test_a_dead_worker_ends_the_run_with_a_line(tmp_path):
+    process = launch(f"gld.py {QUICK} --workers 2 --epochs 50", tmp_path)
+    wait_for(process, "step 1 ")
+    workers = children(process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "gld.py: error: a DataLoader worker died" in said, said
+    assert "Traceback" not in said
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_dead_rank_ends_the_job_and_torchrun_restarts_it(tmp_path):
+    # torchrun's shared store gives new processes the addresses of the dead ones, which they then wait for
+    environment = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    options = f"gld.py {QUICK} --batch-size 4 --epochs 4"
+    process = launch(options, tmp_path, processes=2, restarts=1, env=environment)
+    wait_for(process, "epoch 1 step 60")
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and re.search("from step (30|60|90)", said), said
+    assert "error: another process of this run died" in said and checkpoint(tmp_path / "output")["step"] == 120
+
+
+def test_a_program_with_a_dataloader_left_over_ends():
+    """Python joins the workers that are left at its exit: they must go when told so."""
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import gld
+gld.WORKER_GRACE = 2
+cfg = gld.parse_arguments(["--workers", "1"])
+left = iter(gld.make_loader(gld.load_images("shapes", "train", 0.1), cfg, 0, 1, range(50), 7))
+next(left)
 """
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-@needs_triton
-def test_kernels_compile_without_spills_and_launch_for_sm_90():
-    """In a process of its own, since this one has the interpreter. Prints the figures of the README's table."""
-    if tuple(map(int, mk.triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("triton.compile took other arguments before 3.3")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=environment, text=True, capture_output=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_output_that_vanishes_pipes_that_close_and_folders_in_use(tmp_path):
+    process = launch(f"gld.py {QUICK} --epochs 3", tmp_path)
+    wait_for(process, "step 1 ")
+    done = run(f"gld.py {QUICK} --epochs 3", tmp_path)  # a second run in the same folder
+    assert done.returncode == 2 and "in use by another run" in done.stderr and done.stderr.count("\n") == 1
+    process.stdout.close()              # the reader of the pipe has gone, as with `| head`
+    assert process.wait(60) == 0 and checkpoint(tmp_path / "output")["step"] == 90
+    process = launch(f"gld.py {QUICK} --epochs 3 --output gone", tmp_path)
+    wait_for(process, "step 1 ")
+    for path in (tmp_path / "gone").iterdir():
+        path.unlink()
+    (tmp_path / "gone").rmdir()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and log_of(tmp_path / "gone")[-1]["step"] == 90, said
 
 
-class NoLaunch:
-    """In the place of a kernel: counts the rows it is launched for, and computes nothing."""
+def test_waiting_for_data_is_noticed_and_the_time_left_follows_max_steps(tmp_path, monkeypatch):
+    """By a clock that moves on by 1000 s whenever an image is read."""
+    clock, now, read = [0], time.perf_counter, gld.Images.read
+    fast = train_ok("--local-views 0 --epochs 9 --max-steps 31", tmp_path)
+    seconds = re.findall(r"step 30 .* (\d+):(\d+):(\d+) left", fast.stdout)[0]
+    assert int(seconds[0]) * 3600 + int(seconds[1]) * 60 + int(seconds[2]) < 5          # one step is left, not 240
 
-    def __init__(self):
-        self.rows = 0
+    def slowly(images, i):
+        clock[0] += 1000
+        return read(images, i)
 
-    def __getitem__(self, grid):
-        self.rows += grid[0]
-        return lambda *args, **kwargs: None
-
-
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """The launch path on tensors of any device, without launches. Returns: teacher and student kernel."""
-    kernels = NoLaunch(), NoLaunch()
-    monkeypatch.setattr(mk, "_teacher_kernel", kernels[0], raising=False)
-    monkeypatch.setattr(mk, "_student_kernel", kernels[1], raising=False)
-    monkeypatch.setattr(mk, "_use_triton", lambda impl, x: impl != "torch")
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
-    gld.per_channel.cache_clear()       # it may not keep fake tensors
-    yield kernels
-    gld.per_channel.cache_clear()
+    monkeypatch.setattr(gld.Images, "read", slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + clock[0])
+    slow = train_ok("--data-fraction 0.02 --local-views 0 --output slow", tmp_path)
+    assert "waiting for data: try more --workers" in slow.stdout and "try more" not in fast.stdout
+    assert 0 < log_of(tmp_path / "output")[0]["waiting"] < 0.99 < log_of(tmp_path / "slow")[0]["waiting"] < 1
 
 
-def head_inputs(B, K=65536, D=256):
-    """The inputs of the local head's loss at the paper's size: 2 global and 8 local views."""
-    z = [torch.randn(v, B, n, D).requires_grad_() for v, n in ((2, 49), (8, 9))]
-    weight, boxes = torch.randn(K, D).requires_grad_(), torch.rand(10, B, 5) + 1
-    geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
-    return (z, weight, torch.randn(2, B, 49, D), weight.detach(), torch.zeros(K)), geometry
+# ------------------------------------------------------------------------------------------------ bad input
+
+REFUSED = {
+    "--matching nearest": "--matching", "--arch vgg": "--arch", "--epochs 0": "--epochs", "--lr nan": "--lr",
+    "--lr -1": "--lr", "--lr abc": "--lr", "--teacher-temp 0": "--teacher-temp", "--out-dim 1": "--out-dim",
+    "--warmup-teacher-temp -1": "--warmup-teacher-temp", "--global-scale 0.9 0.4": "--global-scale",
+    "--local-scale 0 0.4": "--local-scale", "--global-size 33": "multiple of 8", "--local-size 0": "--local-size",
+    "--data-fraction 0": "--data-fraction", "--data-fraction 1.5": "--data-fraction", "--max-steps 0": "--max-steps",
+    "--warmup-epochs 5 --epochs 3": "--warmup-epochs", "--batch-size 5000": "--batch-size", "--data nowhere": "nowhere",
+    "--device cuda": "CUDA", "--precision fp16": "fp16", "--impl triton": "--impl triton", "--profile 0": "--profile",
+    "--teacher-momentum 1.1": "--teacher-momentum", "--workers -1": "--workers", "--drop-path 1": "--drop-path",
+    "--init-from nowhere.pt": "nowhere.pt", f"--output {__file__}": "not a writable folder", "--data .": "no images",
+    f"--output {__file__}/below": "--output", "--output /proc/nowhere": "--output", "--unknown": "--unknown",
+    "--batch_size 4": "did you mean --batch-size?", "--blur-sigma 0 1": "--blur-sigma",
+    "--blur-sigma 1 6": "does not fit a view of 16 pixels", "--eval-every -2": "--eval-every",
+}
 
 
-def test_the_teacher_is_computed_once_for_all_views(without_kernels):
-    """One call for both sizes of views: teacher rows are counted, and products of the forward pass."""
-    flops = []
-    with FakeTensorMode():
-        args, geometry = head_inputs(B=4)
-        head_cross_entropy(*args, impl="triton", skip_same_view=True, **TEMPS, **geometry)
-        assert without_kernels[0].rows == 2 * 4 * 49 and without_kernels[1].rows == 4 * (2 * 49 + 8 * 9)
-        for calls in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                for sizes in calls:
-                    boxes = [geometry["student_boxes"][:2], geometry["student_boxes"][2:]][sizes]
-                    part = geometry | dict(student_boxes=torch.cat(boxes), student_grid=geometry["student_grid"][sizes])
-                    head_cross_entropy(args[0][sizes], *args[1:], impl="torch", **TEMPS, **part)
-            flops.append(counter.get_total_flops())
-    assert math.isclose(flops[0] / flops[1], (170 + 98) / (170 + 2 * 98), rel_tol=1e-6)
+@pytest.mark.parametrize("options", REFUSED)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options):
+    if torch.cuda.is_available() and REFUSED[options] in ("CUDA", "fp16", "--impl triton"):
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert gld.main(options.split()) == 2
+    out = capsys.readouterr()
+    assert REFUSED[options] in out.err and out.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_frozen_weight_costs_no_product(without_kernels):
-    with FakeTensorMode():
-        args, geometry = head_inputs(B=2)
-        flops = []
-        for frozen in ((), (1,), (0,), (0, 1)):
-            inputs = [[z.detach() for z in args[0]] if 0 in frozen else args[0],
-                      args[1].detach() if 1 in frozen else args[1], *args[2:]]
-            with FlopCounterMode(display=False) as counter:
-                head_cross_entropy(*inputs, impl="triton", **TEMPS, **geometry)
-            flops.append(counter.get_total_flops() / (2 * 2 * 65536 * 256))
-    assert flops == [98 + 3 * 170, 98 + 2 * 170, 98 + 2 * 170, 98 + 170]
+def test_a_run_without_a_rendezvous_and_the_paper_preset_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert gld.main([]) == 2 and "start with torchrun" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    save_pictures(tmp_path / "data", 20)
+    options = "--arch conv_tiny --global-size 32 --local-size 16 --blur-sigma 0.1 0.5 --preset paper --max-steps 1"
+    done = train_ok(f"--data data --data-fraction 1 {options} --output a", tmp_path)
+    assert ("no GPU found: --preset paper takes about" in done.stdout) == (DEVICE == "cpu")
+    assert "20 images in 1 classes of data" in done.stdout
 
 
-class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """Follows allocations: bytes in live storages now, and at most."""
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    """Images first, then the preset, then what else differs; nothing is changed."""
+    train_ok("--max-steps 1", tmp_path)
+    save_pictures(tmp_path / "data", 240)
+    before = (tmp_path / "output/checkpoint.pt").read_bytes()
+    for options, words in (("--data data --data-fraction 1 --preset small", "--data data: not the images"),
+                           ("--data data --data-fraction 1", "--data data: not the images"), ("--seed 1", "--seed"),
+                           ("--preset paper --arch conv_tiny --global-size 32 --local-size 16 --blur-sigma 0.1 0.5",
+                            "--preset: paper here, but output/checkpoint.pt was made with small"),
+                           ("--matching none", "--matching"), ("--out-dim 128", "--out-dim"), ("--lr 1", "--lr"),
+                           ("--batch-size 4", "--batch-size x processes"), ("--warmup-epochs 1", "--warmup-epochs"),
+                           ("--epochs 2", "to train longer, use --init-from output/checkpoint.pt")):
+        done = run(f"gld.py {QUICK} --max-steps 2 {options}", tmp_path)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (options, done.stderr)
+    assert (tmp_path / "output/checkpoint.pt").read_bytes() == before
+    assert "nothing left to do" in train_ok("--max-steps 1", tmp_path).stdout
+    done = train_ok("--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3", tmp_path)
+    assert "from step 1" in done.stdout                 # the same values, given again
+    train_ok("--max-steps 1 --matching none --no-resume", tmp_path)
+    assert len(log_of(tmp_path / "output")) == 1        # a new run has a new log
 
-    def __init__(self):
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("output").mkdir()
+    torch.save({"student": Hostile()}, "output/checkpoint.pt")
+    Path("pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    Path("text.pt").write_text("hello")
+    torch.save(torch.zeros(3), "tensor.pt")
+    torch.save({"options": {}}, "empty.pt")
+    torch.save({"options": {"arch": "os.system", "global_size": 32, "patch_size": 8}, "teacher": {}}, "odd.pt")
+    torch.save({"student": 1, "teacher": 2}, "numbers.pt")
+    whole = io.BytesIO()
+    torch.save({"student": {"weight": torch.zeros(1000)}}, whole)
+    Path("cut.pt").write_bytes(whole.getvalue()[:2000])
+    assert gld.main([]) == 2 and gld.main(["--init-from", "pickle.pt", "--no-resume"]) == 2
+    for name in ("output/checkpoint.pt", "pickle.pt", "text.pt", "tensor.pt", "empty.pt", "odd.pt", "cut.pt"):
+        assert eval_knn.main(["--checkpoint", name]) == 2, name
+    for name in ("tensor.pt", "empty.pt", "numbers.pt", "cut.pt"):
+        assert gld.main(["--init-from", name, "--no-resume", "--output", "other"]) == 2, name
+        Path("output/checkpoint.pt").write_bytes(Path(name).read_bytes())
+        assert gld.main([]) == 2, name
+    assert not Path("harmed").exists()
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+@pytest.mark.parametrize("queries", [1, 32, 101])
+def test_knn_equals_the_definition_in_float64(queries, monkeypatch):
+    """Features in float16 whose similarities have no ties in float32, though products in float16 would have many."""
+    monkeypatch.setattr(eval_knn, "CHUNK_BYTES", 4 * 300 * 7)    # seven queries at a time
+    g = torch.Generator().manual_seed(queries)
+    base = torch.randn(64, generator=g)    # all images look alike: similarities differ by less than a step of float16
+    train, val = (F.normalize(base + 0.1 * torch.randn(n, 64, generator=g), dim=1).half() for n in (300, queries))
+    labels, truth = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (queries,), generator=g)
+    exact = val.double() @ train.double().T
+    assert all(len(row.unique()) == 300 for row in exact) and len((val @ train.T)[0].unique()) < 30
+    found = eval_knn.knn(train, labels, val, truth, [1, 3, 10, 999], 0.07)
+    for k in (1, 3, 10, 999):
+        top1 = top5 = 0
+        for similarity, label in zip(exact, truth.tolist()):
+            votes = {}
+            for i in similarity.argsort(descending=True)[:k].tolist():
+                votes[labels[i].item()] = votes.get(labels[i].item(), 0) + math.exp(similarity[i] / 0.07)
+            ranked = sorted(votes, key=votes.get, reverse=True)[:5]
+            top1, top5 = top1 + (ranked[0] == label), top5 + (label in ranked)
+        assert math.isclose(found[k][0], 100 * top1 / queries, abs_tol=1e-3), k
+        assert math.isclose(found[k][1], 100 * top5 / queries, abs_tol=1e-3), k
+
+
+def test_top5_counts_no_class_without_votes_and_small_temperatures_do_not_overflow():
+    train, labels, val, truth = torch.eye(6), torch.arange(6), torch.eye(6)[:2], torch.tensor([0, 3])
+    for temperature in (0.07, 1e-3):
+        assert eval_knn.knn(train, labels, val, truth, [1], temperature)[1] == (50, 50)
+    tilted = F.normalize(train[:1] + torch.tensor([0, 0.5, 0.4, 0.3, 0.2, 0.1]), dim=1)    # five classes of six count
+    assert eval_knn.knn(train, labels, tilted, torch.tensor([5]), [5, 6], 0.07) == {5: (0, 0), 6: (0, 0)}
+
+
+def test_differences_pair_equal_seeds_and_settings():
+    runs = []
+    for matching, values in {"geometric": (50, 60, 40), "similarity": (45, 57, 41), "none": (48, 50)}.items():
+        for seed, value in enumerate(values):
+            runs.append((dict(matching=matching, seed=seed, lr=0.1, output=matching), [value, value + seed]))
+    runs.append((dict(matching="none", seed=2, lr=0.2, output="none"), [0, 0]))    # another lr: not to be paired
+    equal, differences = eval_knn.compare_runs(runs[::-1])
+    sizes = sorted(f"{matching} {len(scores)}" for matching, scores in equal)
+    assert sizes == ["geometric 3", "none 1", "none 2", "similarity 3"]
+    assert {pair: sorted(rows.tolist()) for pair, rows in differences.items()} == {
+        "geometric - similarity": [[-1, -1], [3, 3], [5, 5]],
+        "geometric - none": [[2, 2], [10, 10]],
+        "similarity - none": [[-3, -3], [7, 7]],
+    }
+
+
+def test_the_table_of_several_runs_has_deviations_and_differences(tmp_path):
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        save_pictures(tmp_path / "data" / folder, 10)
+    quick = f"gld.py --data data --preset small {QUICK} --data-fraction 0.5 --batch-size 5 --local-views 1"
+    for matching, seed in (("geometric", 0), ("geometric", 1), ("none", 0), ("none", 1)):
+        options = f"--matching {matching} --seed {seed} --output {matching}{seed}"
+        assert run(f"{quick} {options}", tmp_path).returncode == 0
+    files = " ".join(f"{name}/checkpoint.pt" for name in ("geometric0", "geometric1", "none1", "none0"))
+    options = "--k 5 --linear --matches --untrained --workers 0 --json t.json"
+    done = run(f"eval_knn.py --checkpoint {files} {options}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "t.json").read_text())
+    top1 = {name: values["linear"][0] for name, values in found.items() if "checkpoint" in name}
+    apart = np.array([top1[f"geometric{seed}/checkpoint.pt"] - top1[f"none{seed}/checkpoint.pt"] for seed in (0, 1)])
+    difference = found["differences"]["geometric - none"]
+    assert difference["pairs"] == 2 and np.allclose(difference["linear"], [apart.mean(), apart.min(), apart.max()])
+    assert f"linear {apart.mean():+.2f} ({apart.min():+.2f} to {apart.max():+.2f})" in done.stdout
+    assert "data: 10 train (0.5 of each class), 20 val, 2 classes" in done.stdout
+    shares = found["none0/checkpoint.pt"]["matches"]
+    assert f"correspondence accuracy {shares['correspondence accuracy']:.1f}" in done.stdout
+    assert "matches" in found["untrained"] and "matches" not in found["raw pixels"]
+
+
+def dino_vit(net):
+    """DINO's and timm's names for torchvision's ViT weights."""
+    state = {}
+    for key, value in net.state_dict().items():
+        key = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}.get(key, key)
+        key = key.replace("conv_proj", "patch_embed.proj").replace("encoder.layers.encoder_layer_", "blocks.")
+        key = key.replace("encoder.ln", "norm").replace("ln_", "norm").replace("self_attention.in_proj_", "attn.qkv.")
+        key = key.replace("self_attention.out_proj", "attn.proj")
+        key = key.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
+        state[key] = value
+    return state
+
+
+@pytest.mark.parametrize("prefix", ["", "module.backbone."])
+def test_dino_vits_load_strictly(tmp_path, prefix):
+    vit = gld.Backbone("vit_tiny", 64, 16).eval()
+    for parameter in vit.parameters():    # none may be zero or one, or a mistaken rename could go unseen
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {prefix + key: value for key, value in dino_vit(vit.net).items()}
+    state |= {f"{prefix}head.weight": torch.zeros(2, 2), "module.head.mlp.0.weight": torch.zeros(2, 2)}
+    torch.save({"teacher": state, "epoch": 1} if prefix else state, tmp_path / "dino.pt")
+    found, size, options = eval_knn.load_backbone(tmp_path / "dino.pt")
+    assert (found.arch, found.patch_size, size, options) == ("vit_tiny", 16, 64, {})
+    x = torch.randn(2, 3, 64, 64)
+    for ours, theirs in zip(vit(x), found.eval()(x)):
+        torch.testing.assert_close(ours, theirs)
+    del state[f"{prefix}blocks.3.norm1.bias"]
+    torch.save(state, tmp_path / "lacking.pt")
+    with pytest.raises(gld.BadInput, match="encoder_layer_3.ln_1.bias"):
+        eval_knn.load_backbone(tmp_path / "lacking.pt")
+
+
+@pytest.mark.parametrize(
+    "train,val,words",
+    [
+        ("a b", ".", "images in val/ itself"),    # ImageNet as distributed
+        ("a b", "a .", "images in val/ itself"),
+        ("a b", "images", "images in val/images/"),    # Tiny-ImageNet as distributed
+        ("a b", "A b", r"val/A/; .*A is not a"),
+        ("a b", "a c d e f", r"val/c/, val/d/, val/e/, \.\.\.; "),
+        ("a b c", "c", ""),
+    ],
+)
+def test_classes_that_train_lacks_are_refused(tmp_path, train, val, words):
+    for folder in [*(f"train/{name}" for name in train.split()), *(f"val/{name}" for name in val.split())]:
+        save_pictures(tmp_path / folder, 2)
+    if words:
+        with pytest.raises(gld.BadInput, match=words) as raised:
+            eval_knn.labelled(str(tmp_path), 1)
+        assert "\n" not in str(raised.value)
+    else:
+        _, labels = eval_knn.labelled(str(tmp_path), 1)
+        assert [y.tolist() for y in labels] == [[0, 0, 1, 1, 2, 2], [2, 2]]
+
+
+class Knows(torch.nn.Module):
+    """A backbone whose patch features tell the patch's position in the crop, or the place that its colours encode."""
+
+    arch, patch_size, width = "conv_tiny", 16, 4
+
+    def __init__(self, what):
         super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
+        self.what = what
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live:
-                storage = x.untyped_storage()
-                self.live[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata)
-        return out
-
-    def free(self, key):
-        self.now -= self.live.pop(key)
+    def forward(self, x):
+        if self.what == "position":
+            n = (x.shape[-1] // 8) ** 2
+            return x.mean((2, 3)), torch.eye(n).expand(len(x), n, n)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        place = F.avg_pool2d(x * std + mean, 8)[:, :2].flatten(2).mT * 2    # (N, P, 2)
+        return x.mean((2, 3)), torch.cat([place.cos(), place.sin()], -1)
 
 
-def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
-    """Forward and backward at K = 65536, followed on fake tensors. Prints the figures of the README's table."""
-    peaks = {}
-    for name, B in itertools.product(("reference", "ours"), (32, 64, 128)):
-        with FakeTensorMode():
-            (z, weight, teacher_z, teacher_weight, c), geometry = head_inputs(B)
-            with Peak() as peak:
-                if name == "ours":
-                    loss = head_cross_entropy(z, weight, teacher_z, teacher_weight, c, **TEMPS, **geometry)
-                else:
-                    teacher, loss = teacher_z.half() @ teacher_weight.half().T, 0
-                    for x, boxes, grid in zip(z, geometry["student_boxes"].split((2, 8)), geometry["student_grid"]):
-                        index, w = geometric_matches(boxes[:, None], boxes[:2], grid, (7, 7))
-                        loss = loss + reference_cross_entropy(x.half() @ weight.half().T, teacher, c, index=index,
-                                                              weight=w, **TEMPS)
-                loss.backward()
-        peaks[name, B] = round(peak.peak / 2 ** 30, 2)
-    print(peaks)
-    assert max(peaks["ours", B] for B in (32, 64, 128)) < 0.8 and peaks["reference", 128] > 20
-    with FakeTensorMode():              # five teacher views: the buffers still hold max_bytes at most
-        z, teacher_z = torch.randn(5, 64, 49, 256).requires_grad_(), torch.randn(5, 64, 49, 256)
-        w = torch.randn(65536, 256)
-        index = torch.zeros(5, 5, 64, 49, dtype=torch.int64)
-        with Peak() as peak:
-            head_cross_entropy(z, w, teacher_z, w, torch.zeros(65536), impl="triton", index=index, **TEMPS)
-    assert peak.peak < 1.2 * 512 * 2 ** 20 + z.nbytes
+def places(size=200):
+    """(3, size, size) uint8: the red and the green of a pixel are its x and its y."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return torch.stack([x, y, 0 * x]).to(torch.uint8)
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-@pytest.mark.parametrize("arch", ["swin_t", "vit_small", "resnet50"])
-def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkeypatch):
-    """Fake tensors raise where tensors of two devices meet, as on a GPU. The autograd engine needs a driver: gradients
-    are made by hand."""
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **kwargs: x)
-    cfg = config("--data", ".", "--arch", arch, "--out-dim", "1024", "--local-views", "2", "--output", "/tmp/none")
-    B, device, sizes = 2, torch.device("cuda", 0), ((2, 224), (2, 96))
-    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env), torch.device(device):
-        student, teacher = gld.Network(cfg, cfg.drop_path), gld.Network(cfg)
-        views = [gld.Views(torch.zeros(B, v, 3, side, side, dtype=torch.uint8), torch.rand(B, v, 5) + 1,
-                           torch.ones(B, v, 4), torch.zeros(B, v, 4, dtype=torch.int64), torch.zeros(B, v, dtype=bool),
-                           torch.ones(B, v), torch.zeros(B, v, dtype=bool)) for v, side in sizes]
-        boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
-        images = [gld.augment(part, 2.0) for part in views]
-        with torch.autocast("cuda", torch.bfloat16):
-            with torch.no_grad():
-                teacher_out = teacher(images[:1])
-            student_out = student(images)
-        centers = torch.zeros(2, 1024)
-        loss = functools.partial(gld.distillation_loss, student_out, teacher_out, boxes=boxes, grids=gld.grids_of(cfg),
-                                 teacher_temp=0.04, matching="geometric")
-        total = sum(loss(centers=centers))
-        assert total.device == device and total.shape == ()
-        with pytest.raises((RuntimeError, ValueError), match="cpu"):       # a tensor that was left behind is noticed
-            loss(centers=torch.zeros(2, 1024, device="cpu"))
-        assert not hasattr(gld.diagnose(teacher_out, centers, boxes, gld.grids_of(cfg), 0.04, cfg)["entropy"], "device")
-        parameters = [p for p in student.parameters() if p.requires_grad]
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
-        gld.clip_gradients(parameters, 3.0)
-        torch.optim.AdamW(parameters, foreach=True).step()
-        with torch.no_grad():
-            centers.lerp_(gld.mean_logits(teacher_out, gld.teacher_means(teacher_out)), 0.1)
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
-        features = teacher.backbone.eval()(gld.normalise(views[0].crops[:, 0].float() / 255))[0]
-        assert features.device == centers.device == device and features.shape == (B, teacher.backbone.width)
+def test_match_shares_of_backbones_that_know_position_or_place():
+    image = places().permute(1, 2, 0).numpy()
+    images = gld.Images(np.stack([image] * 30), np.zeros(30, int), "places")
+    found = eval_knn.match_shares(Knows("position"), images, 64, (0.4, 1), "cpu")
+    assert found["same position"] == 100 and found["neither"] == 0
+    assert 5 < found["correspondence accuracy"] == found["both"] == found["geometry: same position"] < 60
+    found = eval_knn.match_shares(Knows("place"), images, 64, (0.4, 1), "cpu")
+    assert found["correspondence accuracy"] > 95 and found["neither"] < 5
+    assert math.isclose(found["both"], found["geometry: same position"], abs_tol=3)
+    parts = found["same position"] + found["correspondence accuracy"] - found["both"] + found["neither"]
+    assert math.isclose(parts, 100, abs_tol=1e-3)
+    assert found == eval_knn.match_shares(Knows("place"), images, 64, (0.4, 1), "cpu")    # fixed seed
+
+
+def test_match_shares_leave_masked_patches_out(monkeypatch):
+    index = torch.arange(64).where(torch.arange(64) < 20, 0).expand(2, 64)
+    weight = (torch.arange(64) < 20).float().expand(2, 64)
+    monkeypatch.setattr(eval_knn, "geometric_matches", lambda *_: (index, weight))
+    images = gld.Images(np.zeros((2, 40, 40, 3), np.uint8), np.zeros(2, int), "zeros")
+    assert eval_knn.match_shares(Knows("position"), images, 64, (0.4, 1), "cpu")["both"] == 100
+
+
+@pytest.mark.parametrize("what", [None, "place", "position"])
+def test_the_picture_joins_patches_that_show_the_same_place(what):
+    """What the picture shows inside two joined patches says where they are in the image."""
+    picture, lines = eval_knn.show_matches(places(), what and Knows(what), 64)
+    n, picture = 8 if what else 7, np.asarray(picture).astype(float)
+    assert picture.shape[1] >= (2400 if what else 1200)
+
+    def place(centre):
+        x, y = (round(z) for z in centre)
+        half = round(0.3 * 540 / n)
+        return np.median(picture[y - half:y + half, x - half:x + half].reshape(-1, 3), 0)[:2]    # lines are thin
+
+    for matching in ("geometric", "similarity") if what else ("geometric",):
+        joined = [line[1:] for line in lines if line[0] == matching]
+        apart = [np.abs(place(a) - place(b)).max() for a, b in joined]
+        assert 6 <= len({tuple(a) for a, _ in joined}) == len(joined) <= 10
+        if matching == "similarity" and what == "position":
+            assert len({tuple(np.subtract(b, a)) for a, b in joined}) == 1 and max(apart) > 25    # wrong ones are shown
+        else:
+            assert max(apart) < 0.75 * 200 / n, apart
+    starts = [np.array([a for kind, a, _ in lines if kind == matching]) for matching in ("geometric", "similarity")]
+    assert not what or (starts[1] - starts[0] == [1210, 0]).all()    # both kinds for the same patches of crop 1
+
+
+def test_the_picture_on_the_command_line(tmp_path):
+    save_pictures(tmp_path / "plain", 2, (60, 90))
+    save_pictures(tmp_path / "split/val", 1)
+    show = "eval_knn.py --workers 0 --show-matches"
+    for data in ("plain", "plain/0001.png", "split", pack(tmp_path / "one.tar", tmp_path / "plain"), "shapes"):
+        done = run(f"{show} a.png --data {data}", tmp_path)
+        assert done.returncode == 0 and "wrote a.png" in done.stdout and "--checkpoint FILE" in done.stdout, done.stderr
+        assert Image.open(tmp_path / "a.png").width >= 1200
+        (tmp_path / "a.png").unlink()
+    torch.save(gld.Backbone("conv_tiny").net.state_dict(), tmp_path / "backbone.pt")
+    done = run(f"{show} b.png --checkpoint backbone.pt --data shapes", tmp_path)
+    assert done.returncode == 0 and "similarity by backbone.pt" in done.stdout, done.stderr
+    assert Image.open(tmp_path / "b.png").width >= 2400
+    (tmp_path / "text.png").write_text("no image")
+    before = sorted(tmp_path.iterdir())
+    for wrong in ("nowhere/a.png", "a.xyz", "a.png --checkpoint nowhere.pt", "a.png --data text.png"):
+        done = run(f"{show} {wrong}", tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, (wrong, done.stderr)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_linear_probe_learns_what_is_linear():
+    g = torch.Generator().manual_seed(0)
+    train, val = (F.normalize(torch.randn(n, 16, generator=g), dim=1).half() for n in (600, 200))
+    labels, truth = (x[:, :7].argmax(1) for x in (train, val))
+    top1, top5 = eval_knn.linear_probe(train, labels, val, truth)
+    assert top1 > 85 and top5 > 99
+
+
+def official_swin(net):
+    """The official code's names for torchvision's Swin weights."""
+    state = {}
+    for key, value in net.state_dict().items():
+        key = key.replace("features.0.0", "patch_embed.proj").replace("features.0.2", "patch_embed.norm")
+        key = re.sub(r"features\.([1357])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks.", key)
+        key = re.sub(r"features\.([246])\.", lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample.", key)
+        key = key.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
+        state[f"module.backbone.{key}"] = value.view(49, 49) if key.endswith("position_index") else value
+    return state | {
+        "module.backbone.layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
+        "module.head.mlp.0.weight": torch.zeros(2, 2),
+        "module.head_dense.mlp.0.weight": torch.zeros(2, 2),
+    }
+
+
+def test_foreign_weights_load_strictly(tmp_path):
+    x = torch.randn(2, 3, 64, 64)
+    swin = gld.Backbone("swin_t")
+    torch.save(
+        {"teacher": official_swin(swin.net), "args": argparse.Namespace(arch="swin"), "epoch": 1},
+        tmp_path / "official.pt",
+    )
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "torchvision.pt")
+    torch.save(gld.Backbone("vit_tiny", 64, 16).net.state_dict(), tmp_path / "backbone.pt")
+    found, size, options = eval_knn.load_backbone(tmp_path / "official.pt")
+    assert found.arch == "swin_t" and size == 224 and options == {}
+    torch.testing.assert_close(found.eval()(x)[0], swin.eval()(x)[0])
+    assert eval_knn.load_backbone(tmp_path / "torchvision.pt")[0].arch == "resnet50"
+    vit, size, _ = eval_knn.load_backbone(tmp_path / "backbone.pt")
+    assert (vit.arch, vit.patch_size, size) == ("vit_tiny", 16, 64)
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    state["extra.weight"] = state.pop("encoder.ln.weight")
+    torch.save(state, tmp_path / "wrong.pt")
+    with pytest.raises(gld.BadInput, match="encoder.ln.weight.*extra.weight"):
+        eval_knn.load_backbone(tmp_path / "wrong.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "odd.pt")
+    with pytest.raises(gld.BadInput, match="none of conv_tiny"):
+        eval_knn.load_backbone(tmp_path / "odd.pt")
+
+
+def test_several_processes_evaluate_as_one(tmp_path):
+    train_ok("--max-steps 1", tmp_path)
+    evaluate = "eval_knn.py --workers 0 --k 3 20 --json"
+    for processes, file in ((1, "one.json"), (2, "two.json")):
+        done = run(f"{evaluate} {file}", tmp_path, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert all(name in done.stdout for name in ("output/checkpoint.pt", "untrained", "raw pixels"))
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two and one["train"] == 240 and one["val"] == 1200
+
+
+def test_evaluation_reads_an_archive(tmp_path):
+    train_ok("--max-steps 1", tmp_path)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            save_pictures(tmp_path / "data" / split / name, 4)
+    archive = pack(tmp_path / "data.tar", tmp_path / "data")
+    scores = []
+    for data, file in ((archive, "tar.json"), (tmp_path / "data", "folder.json")):
+        done = run(f"eval_knn.py --data {data} --k 3 --linear --workers 0 --json {file}", tmp_path)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads((tmp_path / file).read_text())["output/checkpoint.pt"])
+    assert scores[0] == scores[1]
+    done = run(f"eval_knn.py --data {pack(tmp_path / 'one.tar', tmp_path / 'data/val')} --k 3", tmp_path)
+    assert done.returncode == 2 and "must hold train/" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ README
+
+README = (HERE / "README.md").read_text()
+
+
+def readme_commands():
+    """The commands of the README that run gld.py or eval_knn.py, without comments; variables and names are replaced."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").split("\n")]
+    for line in lines:
+        for name, value in ((r"runs/\$data-\*/checkpoint.pt", "output/checkpoint.pt"), (r"\$matching", "none"),
+                            (r"\$\w+", "1"), ("cifar10", "IMAGES"), (r"(PATH/TO/)?(IMAGENET|IMAGES)\b", "IMAGES"),
+                            ("PATH/TO/PHOTO.jpg", "IMAGES/val/a/0000.png")):
+            line = re.sub(name, value, line)
+        if match := re.search(r"\b(gld|eval_knn)\.py\b", line):
+            yield line.startswith("torchrun"), line[match.start():].split("&&")[0].rstrip("' ")
+
+
+def test_the_readmes_commands_run(tmp_path):
+    """Every command at a small size: its options must exist and go together. One torchrun line as two processes."""
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        save_pictures(tmp_path / "IMAGES" / name, 2)
+    small = ("--no-resume --batch-size 2 --workers 0 --max-steps 1 --global-size 32 --local-size 32 --local-views 1 "
+             "--out-dim 16 --head-hidden 16 --eval-every 0").split()
+    commands, launched = sorted(set(readme_commands()), key=lambda x: "eval" in x[1]), False
+    assert len(commands) >= 12
+    for torchrun, command in commands:
+        words = shlex.split(command)
+        if words[0] == "gld.py":
+            words += small + (["--profile", "1"] if "--profile" in words else [])
+            words += ["--blur-sigma", "0.1", "0.5"]
+        else:
+            words += ["--k", "3", "--workers", "0"]
+        done = run(words, tmp_path, processes=2 if torchrun and not launched else 1)
+        launched |= torchrun
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_the_readmes_table_of_files_is_true():
+    rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README)
+    assert len(rows) == 4
+    for name, lines in rows:
+        assert len((HERE / name).read_text().splitlines()) == int(lines), name
+    for picture in re.findall(r"\]\((\.github/[\w.]+)\)", README):
+        assert Image.open(HERE / picture).width >= 1200
