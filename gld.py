@@ -677,7 +677,7 @@ def parse_arguments(argv=None):
     if cfg.eval_every < 0:
         cfg.eval_every = 1 if cfg.data == "shapes" else 0
     if cfg.profile:
-        cfg.max_steps, cfg.resume, cfg.eval_every = PROFILE_WARMUP + cfg.profile, False, 0
+        cfg.max_steps, cfg.resume, cfg.eval_every = PROFILE_WARMUP + cfg.profile + 1, False, 0
 
     stride, radius = stride_of(cfg.arch, cfg.patch_size), math.ceil(3 * cfg.blur_sigma[1])
     gpu = cfg.device != "cpu" and torch.cuda.is_available()
