@@ -19,6 +19,7 @@ import pickle
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -1228,13 +1229,14 @@ def test_profile_reports_each_phase_and_saves_no_checkpoint(tmp_path):
 
 
 def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
-    train_ok("--epochs 2 --eval-every 2 --output a", tmp_path)
-    train_ok("--epochs 2 --output b", tmp_path)
-    same_weights(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
-    assert [row.get("knn") is not None for row in log_of(tmp_path / "a")] == [False, True]
+    train_ok("--epochs 4 --eval-every 2 --output a", tmp_path)
+    train_ok("--epochs 4 --output b", tmp_path)
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    same_weights(a, b)                  # batch norm statistics too
+    assert [row.get("knn") is not None for row in log_of(tmp_path / "a")] == [False, True, False, True]
     run("eval_knn.py --checkpoint a/checkpoint.pt --k 20 --workers 0 --json knn.json", tmp_path)
     expected = json.loads((tmp_path / "knn.json").read_text())["a/checkpoint.pt"]["20-NN"][0]
-    assert math.isclose(log_of(tmp_path / "a")[1]["knn"], expected, abs_tol=0.01)
+    assert math.isclose(log_of(tmp_path / "a")[3]["knn"], expected, abs_tol=0.01)
     done = train_ok("--epochs 1 --eval-every 1 --batch-size 4 --output c", tmp_path, processes=2)
     assert re.search(r"20-NN \d+\.\d %", done.stdout) and log_of(tmp_path / "c")[0]["knn"] > 0
     save_pictures(tmp_path / "flat", 20)
@@ -1448,7 +1450,7 @@ next(left)
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_output_that_vanishes_pipes_that_close_and_folders_in_use(tmp_path):
+def test_output_that_vanishes_pipes_that_close_and_folders_in_use(tmp_path, monkeypatch):
     process = launch(f"gld.py {QUICK} --epochs 3", tmp_path)
     wait_for(process, "step 1 ")
     done = run(f"gld.py {QUICK} --epochs 3", tmp_path)  # a second run in the same folder
@@ -1462,6 +1464,15 @@ def test_output_that_vanishes_pipes_that_close_and_folders_in_use(tmp_path):
     (tmp_path / "gone").rmdir()
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and log_of(tmp_path / "gone")[-1]["step"] == 90, said
+
+    def remove_and_stop(*args, f=gld.distillation_loss, **kwargs):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return f(*args, **kwargs)
+
+    monkeypatch.setattr(gld, "distillation_loss", remove_and_stop)
+    assert run(f"gld.py {QUICK} --output other", tmp_path).returncode == 75
+    assert checkpoint(tmp_path / "other")["step"] == 1
 
 
 def test_waiting_for_data_is_noticed_and_the_time_left_follows_max_steps(tmp_path, monkeypatch):
