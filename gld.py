@@ -903,7 +903,7 @@ def load_files(root, split, must_split):
     if must_split and not has_split:
         raise BadInput(f"--data {root}: must hold train/ and val/, or be one of {', '.join(NAMED_SETS)}")
     files = sorted(file for file in files if file[0].startswith(top) and file[0].lower().endswith(IMAGE_SUFFIXES)
-                   and b"/." not in b"/" + file[0])         # no hidden files and folders
+                   and b"/." not in b"/" + file[0].removeprefix(b"./"))         # no hidden files and folders
     if not files:
         raise BadInput(f"--data {root}: no images ({b' '.join(IMAGE_SUFFIXES).decode()}) in it")
     names, *spans = zip(*files)
@@ -1053,11 +1053,13 @@ def save(cfg, run, centers, step, identity, rank, log):
     Returns, on all processes: whether that worked. If not (the disk is full, say), training can go on.
     """
     failed = torch.zeros(1, device=centers.device)
-    state = {name: part.state_dict() for name, part in run.items()} | dict(centers=centers, step=step, options=identity)
-    backbone = {name: x.cpu() for name, x in run["teacher"].backbone.net.state_dict().items()}
-    temporary = Path(cfg.output, "checkpoint.tmp")
+    temporary, contents = Path(cfg.output, "checkpoint.tmp"), {}
+    if rank == 0:
+        state = {name: part.state_dict() for name, part in run.items()}
+        contents["checkpoint.pt"] = state | dict(centers=centers, step=step, options=identity)
+        contents["backbone.pt"] = {name: x.cpu() for name, x in run["teacher"].backbone.net.state_dict().items()}
     try:
-        for name, content in (("checkpoint.pt", state), ("backbone.pt", backbone)) if rank == 0 else ():
+        for name, content in contents.items():
             os.makedirs(cfg.output, exist_ok=True)
             with open(temporary, "wb") as file:
                 torch.save(content, file)

@@ -888,13 +888,18 @@ def test_an_archive_is_read_in_place_as_its_folder_would_be(tmp_path, split):
         assert one.labels.tolist() == other.labels.tolist()
         assert all(torch.equal(one.read(i), other.read(i)) for i in range(len(one)))
         assert other.name(0) == one.name(0).replace(str(tmp_path / "data"), archive + "/set")
+    with tarfile.open(tmp_path / "dot.tar", "w") as dotted:     # as `tar -cf dot.tar -C data .` makes it
+        dotted.add(tmp_path / "data", arcname=".")
+    assert all(name.startswith(b"./") for name, *_ in gld.list_files(tmp_path / "dot.tar"))
+    assert str(tmp_path / "dot.tar") in str(gld.load_images(str(tmp_path / "dot.tar"), "train"))
+    assert len(gld.load_images(str(tmp_path / "dot.tar"), "train")) == len(gld.load_images(archive, "train"))
     with contextlib.nullcontext() if split else pytest.raises(gld.BadInput, match="must hold train/"):
         gld.load_images(archive, "val", must_split=True)
     for output, data in (("tar", archive), ("folder", tmp_path / "data")):
         options = f"--data {data} --preset small --data-fraction 1 --batch-size 3 --output {output}"
         train_ok(options + " --workers 1" * (output == "tar"), tmp_path)
     same_weights(checkpoint(tmp_path / "tar"), checkpoint(tmp_path / "folder"))
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "data.tar", "folder", "tar"}     # nothing unpacked
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "data.tar", "dot.tar", "folder", "tar"}
 
 
 def test_hostile_and_broken_archives(tmp_path):
