@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Global-Local Self-Distillation (GLSD, WACV 2023) in one file.
 
-    python gld.py                                             # trains on the built-in image set `shapes`: 2 minutes
+    python gld.py                                             # trains on the built-in dataset `shapes`: 1-2 minutes
     python eval_knn.py                                        # how good are the features?
     python gld.py --data PATH/TO/IMAGES --arch vit_small      # your images, one GPU
     torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET/train       # the paper's run
