@@ -666,6 +666,257 @@ def test_triton_beyond_two_to_the_31_elements():
     torch.testing.assert_close(grad[:, -50:], torch.autograd.grad(other * 50, tail)[0], rtol=1e-2, atol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------ CUDA without a GPU
+
+COMPILE = r"""
+import os, re, subprocess, sys, tempfile
+import torch, triton
+import matching_kernels as mk
+from triton.backends.compiler import GPUTarget
+
+def compiled(part, target, logits="fp16", **changes):
+    '''A kernel as it is launched at K = 65536, for a GPU that need not be here.'''
+    kernel = mk._teacher_kernel if part == "teacher" else mk._student_kernel
+    constants = dict(Q=2, S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, MODE="hinge", SKIP=0, BLOCK=mk.BLOCK)
+    constants |= dict.fromkeys({"forward": ("UPSTREAM", "DS"), "backward": ("LOSS",)}.get(part, ())) | changes
+    kinds = dict(S=f"*{logits}", T=f"*{logits}", DS="*bf16" if part == "both" else f"*{logits}", V="i32", B="i32",
+                 K="i32", P="*fp32" if logits == "fp32" else "*fp16", scale="fp32")
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind.startswith("*") or name == "K"}
+    source = triton.compiler.ASTSource(kernel, signature, attrs=aligned, constexprs={
+        (i,): constants[name] for i, name in enumerate(signature) if name in constants})
+    return triton.compile(source, target=GPUTarget(*target), options=mk.LAUNCH).asm
+
+def check(part, arch):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled(part, ("cuda", arch, 32))["cubin"]), file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        sass = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True).stdout
+    # a line is "/*1900*/ @!P0 BRA 0x1140 ;"; a loop ends in a jump back; an instruction is 16 bytes
+    code = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:[^;]*\b(0x[0-9a-f]+))?[^;]*;", sass)
+    jumps = [(int(to, 16), int(at, 16)) for at, op, to in code if op.startswith("BRA") and to]
+    loops = [(to, at) for to, at in jumps if to < at]
+    elements = [((end - start) // 16 + 1) / 8 for start, end in loops if end - start > 150]
+    print(f"sm_{arch} {part}: registers", re.search(r"REG:(\d+)", sass)[1], "instructions per element", elements)
+    assert not any(op[:3] in ("LDL", "STL") for _, op, _ in code), "spills"
+    assert sum("LDG" in op and "128" in op for _, op, _ in code) >= 3, "16-byte loads"
+    if part == "forward":
+        start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+        ops = [op for at, op, _ in code if start <= int(at, 16) <= end]
+        loads = [i for i, op in enumerate(ops) if "LDG" in op]
+        first = min(i for i, op in enumerate(ops) if "EX2" in op)
+        assert max(elements) <= 16 and len(loads) == 3 and max(loads) < first, (elements, loads, first)
+
+for part in ("teacher", "forward", "backward", "both"):
+    for arch in (80, 90):
+        check(part, arch)
+    for target in (("cuda", 100, 32), ("hip", "gfx942", 64)):
+        compiled(part, target)
+
+class Driver:
+    '''Names a GPU; nothing is executed.'''
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self): return torch.device("cpu")
+    def map_python_to_cpp_type(self, kind): return kind
+
+def launch(kernel, grid):
+    return lambda *args, **kwargs: launched.add(kernel.run(*args, grid=grid, warmup=True, **kwargs).hash)
+
+triton.runtime.driver.set_active(Driver())
+triton.runtime.JITFunction.__getitem__, mk.INTERPRETED, launched = launch, True, set()
+temps = dict(student_temp=torch.tensor(0.1), teacher_temp=0.04)
+def local(V, Q, B, grid, K, dtype=torch.float16, index=None, **kwargs):
+    n = grid[0] * grid[1]
+    s, t = torch.zeros(V, B, n, K, dtype=dtype).requires_grad_(), torch.zeros(Q, B, n, K, dtype=dtype)
+    boxes = dict(student_boxes=torch.rand(V, B, 5) + 1, teacher_boxes=torch.rand(Q, B, 5) + 1, student_grid=grid,
+                 teacher_grid=grid) if index is None else dict(index=torch.zeros(V, Q, B, n, dtype=index))
+    mk.local_cross_entropy(s, t, torch.zeros(K), impl="triton", **temps, **boxes, **kwargs).backward()
+for K in (1, 16, 37, 2048):
+    local(1, 2, 1, (2, 2), K, skip_same_view=True)
+local(1, 1, 1, (1, 1), 1)
+local(2, 5, 3, (2, 1), 64, skip_same_view=True, hinge=False)
+local(2, 2, 3, (2, 2), 64, torch.bfloat16)
+local(2, 2, 3, (2, 2), 64, torch.float32)
+for index in (torch.int64, torch.int32, torch.uint8):
+    local(2, 2, 3, (2, 2), 64, index=index)
+z, w = torch.randn(2, 3, 4, 16).requires_grad_(), torch.randn(64, 16).requires_grad_()
+mk.head_cross_entropy([z, z[:, :, :1]], w, z[:2], w, torch.zeros(64), impl="triton", skip_same_view=True, **temps,
+                      student_boxes=torch.rand(4, 3, 5) + 1, teacher_boxes=torch.rand(2, 3, 5) + 1,
+                      student_grid=[(2, 2), (1, 1)], teacher_grid=(2, 2)).backward()
+s, p = torch.zeros(8, 32, 9, 64, dtype=torch.float16), torch.zeros(2, 32, 49, 64, dtype=torch.float16)  # as on a GPU
+match = torch.rand(10, 32, 5), 3, 3, 7, 7, "hinge", None
+mk._student_rows(s, p, 0.1, match, ds=s.view(torch.bfloat16), upstream=torch.ones(1))
+print(len(launched), "variants launched")
+assert len(launched) >= 20
+"""
+
+
+@needs_triton
+def test_kernels_compile_without_spills_and_launch_for_sm_90():
+    """In a process of its own, since this one has the interpreter. Prints the figures of the README's table."""
+    if tuple(map(int, mk.triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("triton.compile took other arguments before 3.3")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=environment, text=True, capture_output=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class NoLaunch:
+    """In the place of a kernel: counts the rows it is launched for, and computes nothing."""
+
+    def __init__(self):
+        self.rows = 0
+
+    def __getitem__(self, grid):
+        self.rows += grid[0]
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """The launch path on tensors of any device, without launches. Returns: teacher and student kernel."""
+    kernels = NoLaunch(), NoLaunch()
+    monkeypatch.setattr(mk, "_teacher_kernel", kernels[0], raising=False)
+    monkeypatch.setattr(mk, "_student_kernel", kernels[1], raising=False)
+    monkeypatch.setattr(mk, "_use_triton", lambda impl, x: impl != "torch")
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    gld.per_channel.cache_clear()       # it may not keep fake tensors
+    yield kernels
+    gld.per_channel.cache_clear()
+
+
+def head_inputs(B, K=65536, D=256):
+    """The inputs of the local head's loss at the paper's size: 2 global and 8 local views."""
+    z = [torch.randn(v, B, n, D).requires_grad_() for v, n in ((2, 49), (8, 9))]
+    weight, boxes = torch.randn(K, D).requires_grad_(), torch.rand(10, B, 5) + 1
+    geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
+    return (z, weight, torch.randn(2, B, 49, D), weight.detach(), torch.zeros(K)), geometry
+
+
+def test_the_teacher_is_computed_once_for_all_views(without_kernels):
+    """One call for both sizes of views: teacher rows are counted, and products of the forward pass."""
+    flops = []
+    with FakeTensorMode():
+        args, geometry = head_inputs(B=4)
+        head_cross_entropy(*args, impl="triton", skip_same_view=True, **TEMPS, **geometry)
+        assert without_kernels[0].rows == 2 * 4 * 49 and without_kernels[1].rows == 4 * (2 * 49 + 8 * 9)
+        for calls in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                for sizes in calls:
+                    boxes = [geometry["student_boxes"][:2], geometry["student_boxes"][2:]][sizes]
+                    part = geometry | dict(student_boxes=torch.cat(boxes), student_grid=geometry["student_grid"][sizes])
+                    head_cross_entropy(args[0][sizes], *args[1:], impl="torch", **TEMPS, **part)
+            flops.append(counter.get_total_flops())
+    assert math.isclose(flops[0] / flops[1], (170 + 98) / (170 + 2 * 98), rel_tol=1e-6)
+
+
+def test_a_frozen_weight_costs_no_product(without_kernels):
+    with FakeTensorMode():
+        args, geometry = head_inputs(B=2)
+        flops = []
+        for frozen in ((), (1,), (0,), (0, 1)):
+            inputs = [[z.detach() for z in args[0]] if 0 in frozen else args[0],
+                      args[1].detach() if 1 in frozen else args[1], *args[2:]]
+            with FlopCounterMode(display=False) as counter:
+                head_cross_entropy(*inputs, impl="triton", **TEMPS, **geometry)
+            flops.append(counter.get_total_flops() / (2 * 2 * 65536 * 256))
+    assert flops == [98 + 3 * 170, 98 + 2 * 170, 98 + 2 * 170, 98 + 170]
+
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """Follows allocations: bytes in live storages now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live:
+                storage = x.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return out
+
+    def free(self, key):
+        self.now -= self.live.pop(key)
+
+
+def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
+    """Forward and backward at K = 65536, followed on fake tensors. Prints the figures of the README's table."""
+    peaks = {}
+    for name, B in itertools.product(("reference", "ours"), (32, 64, 128)):
+        with FakeTensorMode():
+            (z, weight, teacher_z, teacher_weight, c), geometry = head_inputs(B)
+            with Peak() as peak:
+                if name == "ours":
+                    loss = head_cross_entropy(z, weight, teacher_z, teacher_weight, c, **TEMPS, **geometry)
+                else:
+                    teacher, loss = teacher_z.half() @ teacher_weight.half().T, 0
+                    for x, boxes, grid in zip(z, geometry["student_boxes"].split((2, 8)), geometry["student_grid"]):
+                        index, w = geometric_matches(boxes[:, None], boxes[:2], grid, (7, 7))
+                        loss = loss + reference_cross_entropy(x.half() @ weight.half().T, teacher, c, index=index,
+                                                              weight=w, **TEMPS)
+                loss.backward()
+        peaks[name, B] = round(peak.peak / 2 ** 30, 2)
+    print(peaks)
+    assert max(peaks["ours", B] for B in (32, 64, 128)) < 0.8 and peaks["reference", 128] > 20
+    with FakeTensorMode():              # five teacher views: the buffers still hold max_bytes at most
+        z, teacher_z = torch.randn(5, 64, 49, 256).requires_grad_(), torch.randn(5, 64, 49, 256)
+        w = torch.randn(65536, 256)
+        index = torch.zeros(5, 5, 64, 49, dtype=torch.int64)
+        with Peak() as peak:
+            head_cross_entropy(z, w, teacher_z, w, torch.zeros(65536), impl="triton", index=index, **TEMPS)
+    assert peak.peak < 1.2 * 512 * 2 ** 20 + z.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("arch", ["swin_t", "vit_small", "resnet50"])
+def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkeypatch):
+    """Fake tensors raise where tensors of two devices meet, as on a GPU. The autograd engine needs a driver: gradients
+    are made by hand."""
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **kwargs: x)
+    cfg = config("--data", ".", "--arch", arch, "--out-dim", "1024", "--local-views", "2", "--output", "/tmp/none")
+    B, device, sizes = 2, torch.device("cuda", 0), ((2, 224), (2, 96))
+    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env), torch.device(device):
+        student, teacher = gld.Network(cfg, cfg.drop_path), gld.Network(cfg)
+        views = [gld.Views(torch.zeros(B, v, 3, side, side, dtype=torch.uint8), torch.rand(B, v, 5) + 1,
+                           torch.ones(B, v, 4), torch.zeros(B, v, 4, dtype=torch.int64), torch.zeros(B, v, dtype=bool),
+                           torch.ones(B, v), torch.zeros(B, v, dtype=bool)) for v, side in sizes]
+        boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
+        images = [gld.augment(part, 2.0) for part in views]
+        with torch.autocast("cuda", torch.bfloat16):
+            with torch.no_grad():
+                teacher_out = teacher(images[:1])
+            student_out = student(images)
+        centers = torch.zeros(2, 1024)
+        loss = functools.partial(gld.distillation_loss, student_out, teacher_out, boxes=boxes, grids=gld.grids_of(cfg),
+                                 teacher_temp=0.04, matching="geometric")
+        total = sum(loss(centers=centers))
+        assert total.device == device and total.shape == ()
+        with pytest.raises((RuntimeError, ValueError), match="cpu"):       # a tensor that was left behind is noticed
+            loss(centers=torch.zeros(2, 1024, device="cpu"))
+        assert not hasattr(gld.diagnose(teacher_out, centers, boxes, gld.grids_of(cfg), 0.04, cfg)["entropy"], "device")
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        gld.clip_gradients(parameters, 3.0)
+        torch.optim.AdamW(parameters, foreach=True).step()
+        with torch.no_grad():
+            centers.lerp_(gld.mean_logits(teacher_out, gld.teacher_means(teacher_out)), 0.1)
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
+        features = teacher.backbone.eval()(gld.normalise(views[0].crops[:, 0].float() / 255))[0]
+        assert features.device == centers.device == device and features.shape == (B, teacher.backbone.width)
+
+
 # ------------------------------------------------------------------------------------------------ views
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (gld.PIXEL_MEAN, gld.PIXEL_STD))
