@@ -187,6 +187,9 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         So the rows of z and weight should be normalised: a logit beyond 65504 becomes NaN. K should be a multiple of
         16: otherwise the kernels load 2 bytes at a time and need more than twice the instructions.
     """
+    for name, x in (("student_weight", student_weight), ("teacher_weight", teacher_weight), ("teacher_z", teacher_z)):
+        _require(isinstance(x, torch.Tensor) and x.is_floating_point(),
+                 f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     K = len(student_weight)
     for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
         _require(weight.shape == (K, teacher_z.shape[-1]), f"teacher_z {tuple(teacher_z.shape)} needs {name} ({K}, D) "
@@ -253,6 +256,7 @@ def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, sk
     """
     if isinstance(students, torch.Tensor):
         students, student_grid, index = [students], [student_grid], [index]
+    _require(isinstance(students, (list, tuple)), f"student_{kind} must be a tensor, or a list of one per size of view")
     student_grid, index = ([None] * len(students) if x is None else x for x in (student_grid, index))
     _require(all(isinstance(x, (list, tuple)) and len(x) == len(students) > 0 for x in (students, student_grid, index)),
              f"student_{kind}, student_grid and index must be lists of one length, one entry per size of view")
@@ -278,7 +282,7 @@ def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, sk
     for name, x, shape in expected:
         _require(isinstance(x, torch.Tensor) and x.shape == shape and x.device == teacher.device,
                  f"{name} must be {tuple(shape)} on {teacher.device}, to go with {found}; got "
-                 f"{tuple(getattr(x, 'shape', ()))} on {getattr(x, 'device', type(x).__name__)}")
+                 f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))} on {getattr(x, 'device', None)}")
     groups, first = [], 0
     for student, grid, matches in zip(students, student_grid, index):
         views, _, Ns, _ = student.shape
@@ -312,7 +316,7 @@ def _check_geometry(name, boxes, grid, patches=None):
              f"got {tuple(getattr(boxes, 'shape', [type(boxes).__name__]))}")
     _require(not _has_values(boxes) or boxes.isfinite().all() and (boxes[..., 2:4] > 0).all(),
              f"{name}_boxes must be finite, with height and width above 0")
-    valid = isinstance(grid, (tuple, list)) and len(grid) == 2 and min(grid) > 0
+    valid = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
     _require(valid and patches in (None, math.prod(grid)), f"{name}_grid must be (rows, cols), both at least 1, with "
              f"the number of patches of a view{f', {patches}' if patches else ''}; got {grid}")
 
@@ -567,7 +571,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
                     ds = s.view(grad_type) if needed else None
                     loss, _ = _student_rows(s.view(*z[:, images].shape[:3], K), p[q:q + 2], student_temp,
                                             group.images(images).kernel_arguments(q), ds=ds, upstream=share)
-                    total += loss.sum() / (B * z.shape[2])
+                    total += loss.sum() / max(1, B * z.shape[2])
                     if needs_z[i]:
                         grads[i][:, images] += (ds @ weight.to(grad_type)).view(z[:, images].shape)
                     if needs_weight:
