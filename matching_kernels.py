@@ -3,24 +3,20 @@
 
     loss = local_cross_entropy(student_logits, teacher_logits, center, student_temp=0.1, teacher_temp=0.04,
                                student_boxes=sb, teacher_boxes=tb, student_grid=(3, 3), teacher_grid=(7, 7))
-
-or, with the last layer of the heads included, so that the (rows x K) logits never exist as a whole,
-
     loss = head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, ...the same...)
 
-Copy this file into your project. It needs torch, and Triton on a GPU. Read the torch functions first; the kernels
-compute the same. `python matching_kernels.py` times both.
+The second includes the last layers, so that the (rows x K) logits never exist as a whole. Copy this file into your
+project; it needs torch, and Triton on a GPU. Read the torch functions first. `python matching_kernels.py` times both.
 
     B       images                      V, Q    student views, teacher views
-    Ns, Nt  patches of one student / teacher view (grid rows x cols, row-major)
-    K       output dimension ("prototypes")
-    box     where a view was cropped: (top, left, height, width, flip) in pixels of the original image; flip is 1 if
-            the crop was flipped left-right, else 0
+    K       prototypes                  Ns, Nt  patches of a student / teacher view: grid rows x cols, row-major
+    box     where a view was cropped: (top, left, height, width, flip) in pixels of the original image; flip 0 or 1
     match   for a student patch: the index of its teacher patch, and a weight 0 (masked) or 1
 """
+import argparse
 import itertools
+import json
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +37,13 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     goes to the lower or right one. With `hinge`, the weight of a match is 1 only if the two centres are closer than
     half a diagonal of the larger patch: dist2 < max(halfdiag2). Otherwise it is 0. Without `hinge` every weight is 1.
 
-    Args:
-        student_boxes, teacher_boxes: (..., 5) top, left, height, width, flip; the leading shapes broadcast.
-        student_grid, teacher_grid: (rows, cols) of a view's patches; Ns and Nt are their products.
+    Args: student_boxes, teacher_boxes (..., 5); the leading shapes broadcast. student_grid, teacher_grid (rows, cols).
     Returns: index (..., Ns) int64 into the teacher's Nt patches, weight (..., Ns) float32.
     Raises: ValueError for a wrong shape or grid, and, on the CPU, for boxes that are not finite or have no area.
     Source: the official code's nearest pixel-position map, in closed form.
     """
-    for name, boxes, grid in (("student", student_boxes, student_grid), ("teacher", teacher_boxes, teacher_grid)):
-        _check_geometry(name, boxes, grid)
+    _check_geometry("student", student_boxes, student_grid)
+    _check_geometry("teacher", teacher_boxes, teacher_grid)
     # boxes are few: float64 costs nothing
     s_top, s_left, s_height, s_width, s_flip = student_boxes.double().unsqueeze(-2).unbind(-1)   # each (..., 1)
     t_top, t_left, t_height, t_width, t_flip = teacher_boxes.double().unsqueeze(-2).unbind(-1)
@@ -63,31 +57,21 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
         nearest = at.floor().clamp(0, t_cells - 1)
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
-    row = torch.arange(s_rows, device=student_boxes.device)
-    col = torch.arange(s_cols, device=student_boxes.device)
+    row, col = (torch.arange(cells, device=student_boxes.device) for cells in student_grid)
     col = torch.where(s_flip > 0, s_cols - 1 - col, col)               # a flipped view shows its last column first
     t_row, dy = nearest_cell(row, s_top, s_height, s_rows, t_top, t_height, t_rows)     # (..., rows)
     t_col, dx = nearest_cell(col, s_left, s_width, s_cols, t_left, t_width, t_cols)     # (..., cols)
     t_col = torch.where(t_flip > 0, t_cols - 1 - t_col, t_col)
     index = (t_row[..., :, None] * t_cols + t_col[..., None, :]).flatten(-2).long()     # (..., Ns)
-    if not hinge:
-        return index, torch.ones_like(index, dtype=torch.float32)
     dist2 = (dy[..., :, None] ** 2 + dx[..., None, :] ** 2).flatten(-2)
     s_halfdiag2 = (s_height / (2 * s_rows)) ** 2 + (s_width / (2 * s_cols)) ** 2
     t_halfdiag2 = (t_height / (2 * t_rows)) ** 2 + (t_width / (2 * t_cols)) ** 2
-    return index, (dist2 < torch.maximum(s_halfdiag2, t_halfdiag2)).float()
+    return index, ((dist2 < torch.maximum(s_halfdiag2, t_halfdiag2)) | (not hinge)).float()
 
 
 def similarity_matches(student_features, teacher_features):
-    """For every student patch, the teacher patch whose backbone features are most similar (EsViT's matching).
-
-    Args: student_features (..., Ns, C), teacher_features (..., Nt, C); the leading shapes broadcast.
-    Returns: index (..., Ns) int64: the argmax of the cosine similarity. Every match has weight 1.
-    Raises: ValueError where the widths C differ.
-    """
-    s_shape, t_shape = tuple(student_features.shape), tuple(teacher_features.shape)
-    if min(len(s_shape), len(t_shape)) < 2 or s_shape[-1] != t_shape[-1]:
-        raise ValueError(f"student_features (..., Ns, C), teacher_features (..., Nt, C) differ: {s_shape}, {t_shape}")
+    """EsViT's matching: for every student patch, the teacher patch whose backbone features have the largest cosine.
+    Args: (..., Ns, C), (..., Nt, C). Returns: index (..., Ns) int64; every match has weight 1."""
     with torch.no_grad():
         student = F.normalize(student_features.float(), dim=-1)
         teacher = F.normalize(teacher_features.float(), dim=-1)
@@ -95,12 +79,8 @@ def similarity_matches(student_features, teacher_features):
 
 
 def reference_cross_entropy(student_logits, teacher_logits, center, student_temp, teacher_temp, index, weight):
-    """The definition of the loss, pair by pair, as the official code computes it: for tests and the benchmark.
-
-    Args: student_logits (V, B, Ns, K), teacher_logits (Q, B, Nt, K), center (K,), index and weight (V, Q, B, Ns).
-    """
-    target = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach()
-    loss = 0
+    """The definition of the loss, pair by pair as in the official code, for tests. index, weight: (V, Q, B, Ns)."""
+    target, loss = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach(), 0
     for v, q in itertools.product(range(len(student_logits)), range(len(target))):
         matched = target[q].gather(1, index[v, q, ..., None].expand(-1, -1, target.shape[-1]))    # (B, Ns, K)
         cross_entropy = -(matched * F.log_softmax(student_logits[v] / student_temp, dim=-1)).sum(-1)
@@ -108,8 +88,7 @@ def reference_cross_entropy(student_logits, teacher_logits, center, student_temp
     return loss
 
 
-def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, skip_same_view=False,
-                        impl="auto", **matching):
+def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, **options):
     """Sum over pairs (student view v, teacher view q) of the mean over B and Ns of weight * cross-entropy, where
 
         cross-entropy(n) = - sum_k  softmax((t - center) / teacher_temp)[k] * log_softmax(s / student_temp)[k]
@@ -118,191 +97,139 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     (weight 0) adds nothing but stays in the mean's denominator.
 
     Args:
-        student_logits: (V, B, Ns, K). teacher_logits: (Q, B, Nt, K). center: (K,).
-        skip_same_view: leave out the pairs v = q (student view v and teacher view v are the same crop).
-        impl: "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
-        matching: which patches match, in one of three ways:
-            student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: as in
-                `geometric_matches`;
-            index (V, Q, B, Ns), integers in [0, Nt): these matches, each with weight 1;
+        student_logits: (V, B, Ns, K), or a list with one tensor (v, B, Ns, K) per size of view. The losses of the sizes
+            are added, and the teacher's softmax is computed once. V counts the views of all sizes.
+        teacher_logits: (Q, B, Nt, K). center: (K,).
+        skip_same_view=False: leave out the pairs v = q (student view v and teacher view v are the same crop).
+        impl="auto": "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
+        Which patches match, in one of three ways. For a list of sizes, student_grid and index are lists too.
+            student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: by geometry;
+            index (V, Q, B, Ns), integers in [0, Nt), else undefined on a GPU: these matches, each with weight 1;
             nothing, if Ns = Nt = 1: the loss of whole images.
     Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the centre.
-    Raises: ValueError, naming the argument, where shapes, dtypes or devices do not fit. The values of boxes and index
-        are checked on the CPU only; on a GPU a check would have to wait for them, so there a box without area is
-        undefined, and an index outside [0, Nt) is clamped by Triton and an assertion of torch.
-        RuntimeError if the gradient of a Triton loss is differentiated again; with impl="torch" it can be.
+    Raises: ValueError where arguments do not fit; values of boxes and index are checked on the CPU only, as a GPU would
+        have to wait. RuntimeError if a Triton loss is differentiated twice; with impl="torch" it can be.
     """
-    (group,) = _make_groups("logits", student_logits, teacher_logits, center, student_temp, teacher_temp,
-                            skip_same_view, **matching)
-    if _use_triton(impl, student_logits):
-        losses = [_run(_LocalCrossEntropy, student_logits.contiguous(), teacher_logits[q:q + 2].detach(),
-                       center.detach(), student_temp, teacher_temp, group.kernel_arguments(q))
-                  for q in range(0, len(teacher_logits), 2)]
-        return sum(losses[1:], losses[0])
-    return _torch_loss(student_logits, _torch_target(teacher_logits, center, teacher_temp), group, student_temp)
+    return head_cross_entropy(student_logits, None, teacher_logits, None, center, student_temp=student_temp,
+                              teacher_temp=teacher_temp, **options)
 
 
-def _torch_target(logits, center, temp):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return F.softmax((logits.detach().to(dtype) - center.detach().to(dtype)) / temp, dim=-1)
+def _torch_loss(groups, student_temp, teacher_temp, images, teacher_z, teacher_weight, center, student_weight,
+                *students):
+    """The sum over the mean of a slice of the images. Without weights (None), z are logits."""
+    def logits(z, weight):
+        return z[:, images] if weight is None else z[:, images].to(dtype) @ weight.to(dtype).T
 
-
-def _torch_loss(student, target, group, temp):
-    """The loss of one size of view: student logits (v, B, Ns, K), teacher probabilities (Q, B, Nt, K)."""
-    _, B, Ns, _ = student.shape
-    index, weight = group.matches()
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    images = torch.arange(B, device=student.device)[:, None]
-    loss = student[..., :0].sum().to(dtype)                            # 0, and part of the graph where no pair is
-    for v, logits in enumerate(student.unbind()):                      # (B, Ns, K)
-        teachers = [q for q in range(len(target)) if not (group.skip_same_view and q == group.first + v)]
-        matched = weight[v, :, :, :, None] > 0                         # (Q, B, Ns, 1)
-        # cross-entropy is linear in its target: add up the targets of all teacher views, then one product for all.
-        # where, not a product with 0: a masked row may hold NaN, and -inf is allowed where the teacher gives no mass
-        total = torch.zeros_like(logits, dtype=dtype)
-        for q in teachers:
-            total += torch.where(matched[q], target[q][images, index[v, q]], 0)
-        log_p = F.log_softmax(torch.where(matched[teachers].any(0), logits.to(dtype), 0) / temp, dim=-1)
-        loss = loss - torch.where(total == 0, 0, total * log_p).sum() / max(B * Ns, 1)
-    return loss
+    dtype = torch.promote_types(students[0].dtype, torch.float32)
+    target = F.softmax((logits(teacher_z, teacher_weight).to(dtype) - center.to(dtype)) / teacher_temp, dim=-1)
+    loss, image = 0, torch.arange(target.shape[1], device=target.device)[:, None]
+    for z, (index, _, same) in zip(students, groups):
+        index = index[images]                                          # (B, v, Q, Ns), -1 where masked
+        for v, student in enumerate(logits(z, student_weight)):        # (B, Ns, K)
+            total = torch.zeros_like(student, dtype=dtype)
+            any_match = torch.zeros_like(student[..., :1], dtype=torch.bool)
+            # cross-entropy is linear in its target: add up the targets of all teacher views, then one product for all
+            for q in range(len(target)):
+                if v - q != same:
+                    match = index[:, v, q, :, None] >= 0               # (B, Ns, 1)
+                    total += torch.where(match, target[q][image, index[:, v, q].long()], 0)
+                    any_match |= match
+            # where, not a product with 0: a masked row may hold NaN, and -inf is allowed where the target is 0
+            log_p = F.log_softmax(torch.where(any_match, student.to(dtype), 0) / student_temp, dim=-1)
+            loss = loss - torch.where(total == 0, 0, total * log_p).sum() / max(1, any_match.numel())
+    return loss * (len(image) / max(1, teacher_z.shape[1]))            # the share of these images in the mean
 
 
 def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, *, student_temp, teacher_temp,
                        skip_same_view=False, impl="auto", max_bytes=512 * 2 ** 20, **matching):
     """`local_cross_entropy` of the logits z @ weight.T, which are made for a few images at a time.
 
-    Student views of several sizes go into one call, so that the teacher's logits and probabilities are made once.
-
     Args:
-        student_z: (V, B, Ns, D), the input of the last layer, or a list with one tensor (v, B, Ns, D) per size of view;
-            the losses of the sizes are added. V counts the views of all sizes.
+        student_z: (V, B, Ns, D), the input of the last layer, or a list with one tensor (v, B, Ns, D) per size of view.
         teacher_z: (Q, B, Nt, D). student_weight, teacher_weight: (K, D), the last layers. center: (K,).
-        matching, skip_same_view, impl: as in `local_cross_entropy`. If student_z is a list, student_grid and index are
-            lists too; student_boxes remains one tensor (V, B, 5) for all views in order.
-        max_bytes: limit for the logits in memory (at least one image's are).
-    Returns: a scalar, float32. Gradients flow to student_z and student_weight only.
-    Raises: as `local_cross_entropy`.
-    Precision: torch: float32 logits. Triton on a GPU: float16 logits (their step near 1 is 2^-11; bfloat16's would
-        change a teacher probability by 10 %) and bfloat16 gradients of logits, which would underflow in float16.
-        So the rows of z and weight should be normalised: a logit beyond 65504 becomes NaN. K should be a multiple of
-        16: otherwise the kernels load 2 bytes at a time and need more than twice the instructions.
+        max_bytes: limit for the logits in memory (at least one image's are). The others: as in `local_cross_entropy`.
+    Returns: a scalar. Gradients flow to student_z and student_weight only.
+    Precision: torch: float32 logits. Triton on a GPU: float16 logits (bfloat16's step near 1 would change a teacher
+        probability by 10 %) and bfloat16 gradients of logits. So the rows of z and weight should be normalised: a logit
+        beyond 65504 becomes NaN. If K is no multiple of 16, the kernels need more than twice the instructions.
     """
-    for name, x in (("student_weight", student_weight), ("teacher_weight", teacher_weight), ("teacher_z", teacher_z)):
-        _require(isinstance(x, torch.Tensor) and x.is_floating_point(),
-                 f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    K = len(student_weight)
-    for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
-        _require(weight.shape == (K, teacher_z.shape[-1]), f"teacher_z {tuple(teacher_z.shape)} needs {name} ({K}, D) "
-                 f"with the same D; got {tuple(weight.shape)}")
-    groups = _make_groups("z", student_z, teacher_z, center, student_temp, teacher_temp, skip_same_view, K=K,
-                          **matching)
-    students = [student_z] if isinstance(student_z, torch.Tensor) else student_z
-    fused, (Q, B, Nt, _) = _use_triton(impl, teacher_z), teacher_z.shape
-    rows = [z.shape[0] * z.shape[2] for z in students]                  # of logits, per image
-    rows = Q * Nt + (max(rows) if fused else sum(rows))
-    most = max(1, max_bytes // (rows * K * (2 if fused and teacher_z.is_cuda else 4) or 1))
-    step = math.ceil(B / math.ceil(B / most)) if B else 1               # images at a time, in chunks of equal size
-
-    def chunk_loss(start, student_weight, *students):
-        images = slice(start, start + step)
-        target = _torch_target(teacher_z[:, images].float() @ teacher_weight.detach().float().T, center, teacher_temp)
-        return sum(z[:, images].shape[1] / max(B, 1) * _torch_loss(
-            z[:, images].float() @ student_weight.float().T, target, group.images(images), student_temp)
-            for z, group in zip(students, groups))
-
-    with torch.autocast(teacher_z.device.type, enabled=False):          # the precision is chosen here
+    students, groups, fused = _make_groups(student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view,
+                                           impl, **matching)
+    _require(min(student_temp, teacher_temp) > 0, f"temperatures must be > 0, got {student_temp} and {teacher_temp}")
+    B, step = teacher_z.shape[1], max(1, teacher_z.shape[1])            # step: images at a time
+    if student_weight is not None:
+        rows = sum(z.shape[0] * z.shape[2] for z in (teacher_z, *students))     # of logits, per image
+        most = max(1, max_bytes // max(1, rows * len(center) * (2 if fused and teacher_z.is_cuda else 4)))
+        step = math.ceil(step / math.ceil(step / most))                 # in chunks of equal size
+    teacher = [x if x is None else x.detach() for x in (teacher_z, teacher_weight, center)]
+    options = groups, float(student_temp), float(teacher_temp)
+    with torch.autocast(teacher_z.device.type, enabled=False), torch.cuda.device_of(teacher_z):
         if fused:
-            return _run(_HeadCrossEntropy, groups, student_temp, teacher_temp, step, torch.is_grad_enabled(),
-                        teacher_z.detach(), teacher_weight.detach(), center.detach(), student_weight, *students)
+            apply = torch.compiler.disable(_TritonLoss.apply)           # torch.compile breaks its graph here
+            return apply(*options, step, torch.is_grad_enabled(), *teacher, student_weight, *students)
         if step >= B:
-            return chunk_loss(0, student_weight, *students)
-        return sum(checkpoint(chunk_loss, start, student_weight, *students, use_reentrant=False,
-                              preserve_rng_state=False) for start in range(0, B, step))
+            return _torch_loss(*options, slice(None), *teacher, student_weight, *students)
+        return sum(checkpoint(_torch_loss, *options, slice(start, start + step), *teacher, student_weight, *students,
+                              use_reentrant=False, preserve_rng_state=False) for start in range(0, B, step))
 
 
-class _Group(NamedTuple):
-    """How the student views of one size are matched: what both implementations need, checked by `_make_groups`."""
-    mode: str                           # "hinge" or "nearest": by boxes, with or without the hinge; "index"
-    grids: tuple                        # rows and columns of a student view, then of a teacher view
-    tables: tuple                       # boxes of student (v, B, 5) and teacher (Q, B, 5); or index (v, Q, B, Ns)
-    first: int                          # the number of the first of these views among all student views
-    skip_same_view: bool
+def _make_groups(students, student_weight, teacher, teacher_weight, center, skip_same_view, impl, *, student_boxes=None,
+                 teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True, index=None):
+    """Check all arguments. Returns: students as a list; a group (table, grids, same) for each; whether to use Triton.
 
-    def images(self, images):
-        """The same for a slice of the images."""
-        return self._replace(tables=tuple(x[..., images, :] for x in self.tables))
-
-    def matches(self):
-        """index and weight, both (v, Q, B, Ns)."""
-        if self.mode == "index":
-            return self.tables[0].long(), torch.ones_like(self.tables[0], dtype=torch.float32)
-        student, teacher = self.tables
-        return geometric_matches(student[:, None], teacher, self.grids[:2], self.grids[2:], self.mode == "hinge")
-
-    def kernel_arguments(self, q):
-        """`_student_kernel`'s MATCH to SKIP, for teacher views q and q + 1. MATCH is a copy: a backward comes later."""
-        if self.mode == "index":
-            match = self.tables[0][:, q:q + 2].clone(memory_format=torch.contiguous_format)
-        else:
-            match = torch.cat([self.tables[0], self.tables[1][q:q + 2]]).float()
-        return match, *self.grids, self.mode, q - self.first if self.skip_same_view else None
-
-
-def _make_groups(kind, students, teacher, center, student_temp, teacher_temp, skip_same_view, *, K=None,
-                 student_boxes=None, teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True, index=None):
-    """Check all arguments, here and nowhere else. Returns: a _Group per tensor in `students`, one per size of view.
-
-    kind: "logits" or "z", the last word of the tensors' names. K: the output dimension, if it is not their last.
+    table: matches (B, v, Q, Ns) int32, -1 if masked; or, for the kernel to find them, boxes (B, v + Q, 5) float32, the
+        student's first. It is a copy: the caller may change the boxes before the backward pass.
+    grids: (rows, cols, rows, cols) of the student's and the teacher's patches.
+    same: student view v of this size and teacher view q are left out if v - q == same.
     """
     if isinstance(students, torch.Tensor):
         students, student_grid, index = [students], [student_grid], [index]
-    _require(isinstance(students, (list, tuple)), f"student_{kind} must be a tensor, or a list of one per size of view")
-    student_grid, index = ([None] * len(students) if x is None else x for x in (student_grid, index))
-    _require(all(isinstance(x, (list, tuple)) and len(x) == len(students) > 0 for x in (students, student_grid, index)),
+    students, student_grid, index = ([None] * len(students or [0]) if x is None else x
+                                     for x in (students, student_grid, index))
+    kind, first, groups = "logits" if student_weight is None else "z", 0, []
+    _require(len(students) == len(student_grid) == len(index) > 0,
              f"student_{kind}, student_grid and index must be lists of one length, one entry per size of view")
-    names, tensors = f"student_{kind} and teacher_{kind}", (*students, teacher)
-    found = f"{names} " + ", ".join(str(tuple(getattr(x, "shape", [type(x).__name__]))) for x in tensors)
-    _require(all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point() for x in tensors),
-             f"{names} must be floating-point tensors (V, B, Ns, K) and (Q, B, Nt, K); got {found}")
-    Q, B, Nt, width = teacher.shape
-    _require(all(x.shape[1::2] == (B, width) for x in students) and min(width, Q) > 0,
-             f"{names} differ in B or K, or Q or K is 0: {found}")
-    _require(student_temp > 0 and teacher_temp > 0,
-             f"temperatures must be > 0: student_temp {student_temp}, teacher_temp {teacher_temp}")
-    geometry = dict(student_boxes=student_boxes, teacher_boxes=teacher_boxes, student_grid=student_grid[0],
-                    teacher_grid=teacher_grid)
-    given = sum(x is not None for x in geometry.values())
-    _require(given in (0, 4) and not (given and index[0] is not None),
-             f"give {', '.join(geometry)}, all or none, or an index instead")
-    expected = [("center", center, (K or width,))] + [(f"student_{kind}", x, x.shape) for x in students]
-    if given:
-        expected += [("student_boxes", student_boxes, (sum(map(len, students)), B, 5)),
-                     ("teacher_boxes", teacher_boxes, (Q, B, 5))]
-    expected += [("index", x, (len(s), Q, B, s.shape[2])) for x, s in zip(index, students) if x is not None]
-    for name, x, shape in expected:
-        _require(isinstance(x, torch.Tensor) and x.shape == shape and x.device == teacher.device,
-                 f"{name} must be {tuple(shape)} on {teacher.device}, to go with {found}; got "
-                 f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))} on {getattr(x, 'device', None)}")
-    groups, first = [], 0
+    _require(all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (*students, teacher)),
+             f"student_{kind} and teacher_{kind} must be tensors of 4 axes: views, images, patches, columns")
+    (Q, B, Nt, width), V, fused = teacher.shape, sum(map(len, students)), _use_triton(impl, students[0])
+
+    def check(name, x, *shape):
+        found = f"{tuple(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+        _require(found == f"{shape} on {teacher.device}", f"{name} must be {shape} on {teacher.device}, got {found}")
+
+    check("center", center, width if kind == "logits" else len(student_weight))
+    if kind == "z":
+        check("student_weight", student_weight, len(center), width)
+        check("teacher_weight", teacher_weight, len(center), width)
+    _require(min(V, Q, len(center)) > 0, f"no views or no columns: V = {V}, Q = {Q}, K = {len(center)}")
     for student, grid, matches in zip(students, student_grid, index):
-        views, _, Ns, _ = student.shape
-        mode, grids = "index", (Ns, 1, Nt, 1)
-        if given:
-            _check_geometry("student", student_boxes, grid, Ns)
+        v, _, Ns, _ = student.shape
+        table, grids = None, (Ns, 1, Nt, 1)
+        check(f"student_{kind}", student, v, B, Ns, width)
+        if student_boxes is not None:
+            check("student_boxes", student_boxes, V, B, 5)
+            check("teacher_boxes", teacher_boxes, Q, B, 5)
+            boxes = student_boxes[first:first + v]
+            _check_geometry("student", boxes, grid, Ns)
             _check_geometry("teacher", teacher_boxes, teacher_grid, Nt)
-            mode, grids = "hinge" if hinge else "nearest", (*grid, *teacher_grid)
-            tables = student_boxes[first:first + views], teacher_boxes
-        elif matches is not None:
-            integer = not matches.is_floating_point() and matches.dtype != torch.bool
-            _require(integer, f"index must hold integers, got {matches.dtype}")
-            _require(not _has_values(matches) or ((matches >= 0) & (matches < Nt)).all(), f"index must be in [0, {Nt})")
-            tables = (matches,)
+            _require(matches is None, "give boxes or an index, not both")
+            if fused and hinge:                 # the kernel finds the matches
+                table, grids = torch.cat([boxes, teacher_boxes]).float().transpose(0, 1), (*grid, *teacher_grid)
+            else:
+                matches, weight = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
+                matches = matches.where(weight > 0, -1)
+        elif matches is None:
+            _require(Ns == Nt == 1, f"which patches match? Ns = {Ns}, Nt = {Nt}, and neither student_boxes nor index")
+            matches = torch.zeros(v, Q, B, 1, device=teacher.device)
         else:
-            _require(Ns == Nt == 1, f"which patches match? Give boxes and grids, or index, unless Ns = Nt = 1: {found}")
-            tables = (torch.zeros(views, Q, B, 1, dtype=torch.int64, device=teacher.device),)
-        groups.append(_Group(mode, grids, tables, first, skip_same_view))
-        first += views
-    return groups
+            check("index", matches, v, Q, B, Ns)
+            _require(matches.dtype != torch.bool and not matches.is_floating_point(), "index must hold integers")
+            _require(not _has_values(matches) or ((matches >= 0) & (matches < Nt)).all(), f"index must be in [0, {Nt})")
+        table = matches.int().movedim(2, 0) if table is None else table
+        same = -first if skip_same_view else V                          # v - q is never V
+        groups.append((table.clone(memory_format=torch.contiguous_format), grids, same))
+        first += v
+    return students, groups, fused
 
 
 def _require(condition, message):
@@ -311,14 +238,12 @@ def _require(condition, message):
 
 
 def _check_geometry(name, boxes, grid, patches=None):
-    _require(isinstance(boxes, torch.Tensor) and boxes.shape[-1:] == (5,),
-             f"{name}_boxes must be a tensor (..., 5): top, left, height, width, flip; "
-             f"got {tuple(getattr(boxes, 'shape', [type(boxes).__name__]))}")
-    _require(not _has_values(boxes) or boxes.isfinite().all() and (boxes[..., 2:4] > 0).all(),
-             f"{name}_boxes must be finite, with height and width above 0")
+    valid = isinstance(boxes, torch.Tensor) and boxes.shape[-1:] == (5,)
+    valid = valid and (not _has_values(boxes) or bool(boxes.isfinite().all() and (boxes[..., 2:4] > 0).all()))
+    _require(valid, f"{name}_boxes must be a tensor (..., 5), finite, with height and width above 0")
     valid = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
-    _require(valid and patches in (None, math.prod(grid)), f"{name}_grid must be (rows, cols), both at least 1, with "
-             f"the number of patches of a view{f', {patches}' if patches else ''}; got {grid}")
+    _require(valid and patches in (None, math.prod(grid)),
+             f"{name}_grid must be (rows, cols) of the {patches or ''} patches of a view, got {grid}")
 
 
 def _has_values(x):
@@ -328,38 +253,29 @@ def _has_values(x):
 
 def _use_triton(impl, x):
     _require(impl in ("auto", "triton", "torch"), f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
-    if impl == "auto":
-        return triton is not None and x.is_cuda and x.dtype != torch.float64
-    if impl == "triton":
-        _require(triton is not None and (x.is_cuda or INTERPRETED), "impl='triton' needs Triton and CUDA tensors (or "
-                 f"TRITON_INTERPRET=1, set before the import); got tensors on {x.device}")
-        _require(x.dtype != torch.float64, "impl='triton' computes in float32; for float64 use impl='torch'")
-    return impl == "triton"
+    can = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
+    _require(can or impl != "triton", "impl='triton' needs Triton, tensors on a GPU (or TRITON_INTERPRET=1, set before "
+             f"the import) and no float64; got {x.dtype} on {x.device}")
+    return impl == "triton" or impl == "auto" and can and x.is_cuda
 
 
 # ------------------------------------------------------------------------------------------------ Triton kernels
 #
 # For one student row s (patch n of view v of image b), scaled to x = s / student_temp, and the teacher's probabilities
-# p_q of the patches matched with it, q = 0, 1, of weight w_q:
+# p_q of the patches matched with it, of weight w_q, for two teacher views q at a time:
 #
 #     P = sum_q w_q p_q         W = sum_q w_q         lse = log sum_k exp(x_k)
 #     loss = sum_q w_q CE_q = sum_q w_q sum_k p_qk (lse - x_k) = lse * sum_k P_k - sum_k P_k x_k
 #     d loss / d s_k = (W exp(x_k - lse) - P_k) / student_temp
 #
-# So one pass over s and both p_q gives the loss, and a second pass the gradient.
+# One pass over s and both p_q gives the loss, a second pass the gradient. Rows of one image follow each other, so that
+# its teacher rows stay in L2.
 #
-# Traffic at B = 32, K = 65536, 2 + 8 views of 49 and 9 patches: the student's logits are 5440 rows (0.71 GB in 16
-# bits), the teacher's 3136 (0.41 GB). Eager torch gathers 242 teacher rows per image and keeps log-softmax, products
-# and copies: about 45 GB. Here the teacher kernel reads each row twice (for the sum, then for the probabilities; a
-# model, not a measurement: the rows in flight exceed an H100's L2, so both reads come from memory) and writes it once.
-# The forward pass reads student and teacher; the backward pass reads both again and writes the gradient. The programs
-# of one image follow each other, so that its teacher rows stay in L2.
-#
-# Probabilities are stored times 2^14 in float16: exact to 2^-11 down to 4e-9, where float16 itself would underflow at
-# K = 65536. As the loss uses sum_k P_k of the stored values, their rounding is not multiplied by the size of the
-# logits. All sums are in float32. Each group of 8 elements, the 16 bytes that a thread loads, has its own running
-# maximum, so that no thread waits for another inside the loop; it starts at -3e38, since -inf - -inf would be NaN.
-# Exponentials are in base 2: `scale` holds log2(e) / temperature.
+# Probabilities are stored times 2^14 in float16: exact to 2^-11 down to 4e-9, where float16 itself would underflow;
+# so is the gradient before its last factor. The loss uses sum_k P_k of the stored values, so that the size of the
+# logits does not multiply their rounding. All sums are in float32. Each group of 8 elements, the 16 bytes that a thread
+# loads, has its own running maximum, so that no thread waits for another inside the loop; it starts at -3e38, since
+# -inf - -inf would be NaN. Exponentials are in base 2: `scale` holds log2(e) / temperature.
 
 if triton is not None:
     @triton.jit
@@ -374,12 +290,6 @@ if triton is not None:
         return top, total * tl.exp2(peak - top) + tl.sum(tl.exp2(x * scale - top[:, None]), axis=1)
 
     @triton.jit
-    def _log2_sum(peak, total):
-        """Running sums of all groups -> the row's log2 of the sum."""
-        top = tl.max(peak, axis=0)
-        return top + tl.log2(tl.sum(total * tl.exp2(peak - top), axis=0))
-
-    @triton.jit
     def _teacher_kernel(T, CENTER, P, K, scale, BLOCK: tl.constexpr):
         """One teacher row: P = UNIT * softmax((T - CENTER) / temperature). P may be T itself."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
@@ -389,7 +299,8 @@ if triton is not None:
         for k in range(0, K, BLOCK):
             x = _tile(T + start, k + tile, K, float("-inf")) - _tile(CENTER, k + tile, K, 0.0)
             peak, total = _add_exp2(peak, total, x, scale)
-        lse = _log2_sum(peak, total)
+        top = tl.max(peak, axis=0)
+        lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top), axis=0))
         for k in range(0, K, BLOCK):
             x = _tile(T + start, k + tile, K, float("-inf")) - _tile(CENTER, k + tile, K, 0.0)
             tl.store(P + start + (k + tile), tl.exp2(x * scale - lse) * UNIT, mask=k + tile < K)
@@ -402,15 +313,17 @@ if triton is not None:
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
     @triton.jit
-    def _matched_row(MATCH, q, v, b, n, V, B, K, Q: tl.constexpr, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
-                     T_ROWS: tl.constexpr, T_COLS: tl.constexpr, MODE: tl.constexpr, SKIP: tl.constexpr):
-        """The teacher row (q, b, m) matched with student row (v, b, n); how much of it to read: K, or 0 if masked."""
-        m, end = 0 * n, K + 0 * n               # tensors, also where Triton takes K = 1 as a constant
-        if MODE == "index":
-            m = tl.load(MATCH + ((v * Q + q) * B + b).to(tl.int64) * (S_ROWS * S_COLS) + n).to(tl.int32)
+    def _matched_row(q, b, v, n, V, Q, B, K, same, TABLE, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+                     T_ROWS: tl.constexpr, T_COLS: tl.constexpr):
+        """The row of teacher view q matched with student row (v, b, n); how much of it to read: K, or 0 if masked."""
+        end = tl.where((q < Q) & (v - q != same), K, 0)
+        q = tl.minimum(q, Q - 1)                # an odd number of views has no second one at the end
+        if TABLE.dtype.element_ty == tl.int32:
+            m = tl.load(TABLE + ((b * V + v) * Q + q).to(tl.int64) * (S_ROWS * S_COLS) + n)
+            end = tl.where(m >= 0, end, 0)
             m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
         else:
-            S, T = MATCH + (v * B + b) * 5, MATCH + ((V + q) * B + b) * 5
+            S, T = TABLE + (b * (V + Q) + v) * 5, TABLE + (b * (V + Q) + V + q) * 5
             s_height, s_width, t_height, t_width = tl.load(S + 2), tl.load(S + 3), tl.load(T + 2), tl.load(T + 3)
             row, col = n // S_COLS, n % S_COLS
             col = tl.where(tl.load(S + 4) > 0, S_COLS - 1 - col, col)
@@ -418,240 +331,149 @@ if triton is not None:
             col, dx = _nearest_cell(col, tl.load(S + 1), s_width, S_COLS, tl.load(T + 1), t_width, T_COLS)
             col = tl.where(tl.load(T + 4) > 0, T_COLS - 1 - col, col)
             m = (row * T_COLS + col).to(tl.int32)
-            if MODE == "hinge":
-                y, x = s_height / (2 * S_ROWS), s_width / (2 * S_COLS)
-                t_y, t_x = t_height / (2 * T_ROWS), t_width / (2 * T_COLS)
-                end = tl.where(dy * dy + dx * dx < tl.maximum(y * y + x * x, t_y * t_y + t_x * t_x), K, 0)
-        if SKIP is not None:
-            end = tl.where(v == q + SKIP, 0, end)
+            y, x, t_y, t_x = s_height / S_ROWS, s_width / S_COLS, t_height / T_ROWS, t_width / T_COLS
+            end = tl.where(4 * (dy * dy + dx * dx) < tl.maximum(y * y + x * x, t_y * t_y + t_x * t_x), end, 0)
         return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end
 
     @triton.jit
-    def _tiles(S, P0, P1, cols, end, end0, end1, Q: tl.constexpr):
-        """A tile of the student's logits, and of its target: the sum of the matched rows of the teacher views."""
-        s = _tile(S, cols, end, float("-inf"))
-        p = _tile(P0, cols, end0, 0.0)
-        if Q == 2:
-            p += _tile(P1, cols, end1, 0.0)
-        return s, p
-
-    @triton.jit
-    def _student_kernel(S, P, LOSS, LSE, UPSTREAM, DS, V, B, K, scale, MATCH, S_ROWS: tl.constexpr,
-                        S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, MODE: tl.constexpr,
-                        SKIP: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
-        """One student row: writes LOSS and LSE where there is a LOSS, and DS where there is one; DS may be S itself."""
+    def _student_kernel(S, P, LOSS, DS, q, V, Q, B, K, scale, same, TABLE, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+                        T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK: tl.constexpr):
+        """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         per_image = V * S_ROWS * S_COLS
         b, rest = tl.program_id(0) // per_image, tl.program_id(0) % per_image
         v, n = rest // (S_ROWS * S_COLS), rest % (S_ROWS * S_COLS)
         row = ((v * B + b) * (S_ROWS * S_COLS) + n).to(tl.int64)
-        row0, end0 = _matched_row(MATCH, 0, v, b, n, V, B, K, Q, S_ROWS, S_COLS, T_ROWS, T_COLS, MODE, SKIP)
-        row1, end1 = row0, 0 * end0
-        if Q == 2:
-            row1, end1 = _matched_row(MATCH, 1, v, b, n, V, B, K, Q, S_ROWS, S_COLS, T_ROWS, T_COLS, MODE, SKIP)
+        row0, end0 = _matched_row(q, b, v, n, V, Q, B, K, same, TABLE, S_ROWS, S_COLS, T_ROWS, T_COLS)
+        row1, end1 = _matched_row(q + 1, b, v, n, V, Q, B, K, same, TABLE, S_ROWS, S_COLS, T_ROWS, T_COLS)
         end = tl.maximum(end0, end1)
         S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-
-        if LOSS is None:
-            lse = tl.load(LSE + row)
-        else:
-            peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
-            mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
-            for k in range(0, end, BLOCK):                              # a masked row reads nothing
-                s, p = _tiles(S, P0, P1, k + tile, end, end0, end1, Q)
-                mass += p                                               # before the exponentials: all loads come first
-                dot += p * tl.where(p == 0, 0.0, s)                     # 0 * -inf would be NaN
-                peak, total = _add_exp2(peak, total, s, scale)
-            lse = tl.where(end > 0, _log2_sum(peak, total), 0.0)
-            loss = tl.sum(tl.sum(lse * mass - scale * dot, axis=1), axis=0) * (0.6931471805599453 / UNIT)
-            tl.store(LOSS + row, tl.where(end > 0, loss, 0.0))
-            tl.store(LSE + row, lse)
+        peak, total = tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
+        mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
+        for k in range(0, end, BLOCK):          # a masked row reads nothing
+            s = _tile(S, k + tile, end, float("-inf"))
+            p = _tile(P0, k + tile, end0, 0.0) + _tile(P1, k + tile, end1, 0.0)
+            mass += p                           # before the exponentials: all loads come first
+            dot += p * tl.where(p == 0, 0.0, s)                         # 0 * -inf would be NaN
+            peak, total = _add_exp2(peak, total, s, scale)
+        top = tl.max(peak, axis=0)
+        lse = tl.where(end > 0, top + tl.log2(tl.sum(total * tl.exp2(peak - top), axis=0)), 0.0)
+        loss = tl.sum(tl.sum(lse * mass - scale * dot, axis=1), axis=0) * (0.6931471805599453 / UNIT)
+        tl.store(LOSS + row, tl.where(end > 0, loss, 0.0))
         if DS is not None:
-            factor = tl.load(UPSTREAM) * scale * 0.6931471805599453 / (B * S_ROWS * S_COLS)
-            factor = tl.where(end > 0, factor, 0.0)                     # a masked row gets 0, also if UPSTREAM is NaN
-            weight = (end0 > 0).to(tl.float32) + (end1 > 0).to(tl.float32)
+            weight = UNIT * ((end0 > 0).to(tl.float32) + (end1 > 0).to(tl.float32))
             for k in range(0, K, BLOCK):
-                s, p = _tiles(S, P0, P1, k + tile, end, end0, end1, Q)
-                ds = factor * (weight * tl.exp2(s * scale - lse) - p * (1.0 / UNIT))
-                tl.store(DS + row * K + (k + tile), ds, mask=k + tile < K)
+                s = _tile(S, k + tile, end, float("-inf"))
+                p = _tile(P0, k + tile, end0, 0.0) + _tile(P1, k + tile, end1, 0.0)
+                tl.store(DS + row * K + (k + tile), weight * tl.exp2(s * scale - lse) - p, mask=k + tile < K)
 
     INTERPRETED = not isinstance(_student_kernel, triton.runtime.JITFunction)
 
 
-LOG2_E = 1.4426950408889634
-BLOCK = 2048                        # elements of a tile: 8, or 16 bytes of 16-bit logits, for each of 256 threads
-LAUNCH = dict(num_warps=8, enable_fp_fusion=True)      # fixed, no autotuning; multiply-adds fused in any Triton
+LOG2_E = math.log2(math.e)
+LAUNCH = dict(BLOCK=2048,               # elements of a tile: 8, or 16 bytes of 16-bit logits, for each of 256 threads
+              num_warps=8, enable_fp_fusion=True)       # no autotuning; multiply-adds fused in any Triton
 
 
-def _teacher_probabilities(logits, center, temp, in_place=False):
-    """Launch `_teacher_kernel` on logits (Q, B, Nt, K): probabilities in float32, or times 2^14 in float16."""
-    logits, K = logits.contiguous(), logits.shape[-1]
-    dtype = torch.float16 if logits.element_size() == 2 else torch.float32
-    out = logits if in_place else torch.empty_like(logits, dtype=dtype)
-    if out.numel():
-        with torch.cuda.device_of(out):
-            _teacher_kernel[(out.numel() // K,)](logits, center.float().contiguous(), out, K, LOG2_E / float(temp),
-                                                 BLOCK=BLOCK, **LAUNCH)
-    return out
+class _TritonLoss(torch.autograd.Function):
+    """The loss and its gradient, for `step` images and two teacher views at a time; the backward pass only scales.
 
-
-def _student_rows(s, p, temp, matching, lse=None, ds=None, upstream=None):
-    """Launch `_student_kernel` on s (V, B, Ns, K), p (1 or 2, B, Nt, K). Fills ds; makes loss, lse if lse is None."""
-    (V, B, Ns, K), loss = s.shape, None
-    if lse is None:
-        loss, lse = s.new_empty(2, V, B, Ns, dtype=torch.float32)
-    if lse.numel():
-        with torch.cuda.device_of(s):
-            _student_kernel[(lse.numel(),)](s, p, loss, lse, upstream, ds, V, B, K, LOG2_E / float(temp), *matching,
-                                            Q=len(p), BLOCK=BLOCK, **LAUNCH)
-    return loss, lse
-
-
-@torch.compiler.disable                 # torch.compile breaks its graph here and changes nothing
-def _run(function, *arguments):
-    return function.apply(*arguments)
-
-
-def _refuse_double_backward():
-    if torch.is_grad_enabled():         # in a backward pass: create_graph=True
-        raise RuntimeError("the Triton loss cannot be differentiated twice (create_graph=True); "
-                           "impl='torch' is twice differentiable")
-
-
-class _LocalCrossEntropy(torch.autograd.Function):
-    """Forward and backward are a launch each. The caller's tensors are not written to, so backward may run again."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, center, student_temp, teacher_temp, matching):
-        p = _teacher_probabilities(teacher, center, teacher_temp)
-        loss, lse = _student_rows(student, p, student_temp, matching)
-        ctx.save_for_backward(student, p, lse)
-        ctx.temp, ctx.matching = student_temp, matching
-        return loss.sum() / max(1, student.shape[1] * student.shape[2])
-
-    @staticmethod
-    def backward(ctx, upstream):
-        _refuse_double_backward()
-        student, p, lse = ctx.saved_tensors
-        ds = torch.empty_like(student)
-        _student_rows(student, p, ctx.temp, ctx.matching, lse, ds, upstream.float())
-        return ds, None, None, None, None, None
-
-
-class _HeadCrossEntropy(torch.autograd.Function):
-    """Logits, loss and gradient of a few images at a time, all in one private buffer; the backward only scales."""
+    Without weights (None), z are the caller's logits. Else logits are private; their gradient is written over them.
+    """
 
     @staticmethod
     def forward(ctx, groups, student_temp, teacher_temp, step, wanted, teacher_z, teacher_weight, center,
                 student_weight, *students):
-        logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
-        (Q, B, Nt, D), K = teacher_z.shape, len(student_weight)
-        needs_weight, *needs_z = (wanted and needed for needed in ctx.needs_input_grad[8:])
-        weight, teacher_weight = student_weight.to(logit_type), teacher_weight.to(logit_type)
+        (Q, B, _, _), K, head = teacher_z.shape, len(center), student_weight is not None
+        needs_weight, *needs = (wanted and needed for needed in ctx.needs_input_grad[8:])
+        logit_type, grad_type, center = teacher_z.dtype, None, center.float().contiguous()
+        if head:
+            logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
+            weight, teacher_weight = student_weight.to(logit_type), teacher_weight.to(logit_type)
+        unit = 2 ** 14 if logit_type.itemsize == 2 else 1
         grad_weight = torch.zeros_like(student_weight, dtype=torch.float32) if needs_weight else None
-        grads = [torch.zeros_like(z, dtype=torch.float32) if needed else None for z, needed in zip(students, needs_z)]
-        student_buffer = weight.new_empty(step * max(z.shape[0] * z.shape[2] for z in students), K)
-        teacher_buffer = weight.new_empty(step * Q * Nt, K)
-        total = torch.zeros((), device=teacher_z.device)
-
-        def logits(z, weight, buffer):                                  # (v, b, N, D) -> (v, b, N, K), in the buffer
-            z = z.to(logit_type).reshape(-1, D)
-            return z, torch.mm(z, weight.T, out=buffer[:len(z)])
-
+        grads = [torch.zeros_like(z, dtype=torch.float32) if head else None for z in students]
+        losses = [z.new_zeros(z.shape[:3], dtype=torch.float32) for z in students]
+        ctx.scales = [1 / (unit * student_temp * max(1, loss[0].numel())) for loss in losses]
         for start in range(0, B, step):
             images = slice(start, start + step)
-            _, t = logits(teacher_z[:, images], teacher_weight, teacher_buffer)
-            p = _teacher_probabilities(t.view(Q, -1, Nt, K), center, teacher_temp, in_place=True)
-            share = torch.full((1,), p.shape[1] / B, device=p.device)   # of these images in the mean
-            for i, (z, group) in enumerate(zip(students, groups)):
-                for q in range(0, Q, 2):        # two teacher views a launch; its gradient is written over the logits
-                    rows, s = logits(z[:, images], weight, student_buffer)
-                    needed = needs_weight or needs_z[i]
-                    ds = s.view(grad_type) if needed else None
-                    loss, _ = _student_rows(s.view(*z[:, images].shape[:3], K), p[q:q + 2], student_temp,
-                                            group.images(images).kernel_arguments(q), ds=ds, upstream=share)
-                    total += loss.sum() / max(1, B * z.shape[2])
-                    if needs_z[i]:
-                        grads[i][:, images] += (ds @ weight.to(grad_type)).view(z[:, images].shape)
-                    if needs_weight:
-                        grad_weight += ds.T @ rows.to(grad_type)
-        ctx.save_for_backward(grad_weight, *grads)
-        ctx.types = [x.dtype for x in (student_weight, *students)]
-        return total
+            t = teacher_z[:, images].to(logit_type) @ teacher_weight.T if head else teacher_z.contiguous()
+            p = t if head else torch.empty_like(t, dtype=torch.float16 if unit > 1 else torch.float32)
+            _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **LAUNCH)
+            for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
+                z, (table, grids, same), ds = students[i][:, images], groups[i], None
+                s = z.to(logit_type) @ weight.T if head else z.contiguous()     # (v, b, Ns, K)
+                if needs_weight or needs[i]:
+                    ds = s.view(grad_type) if head else torch.empty_like(s)
+                loss = s.new_empty(s.shape[:3], dtype=torch.float32)
+                _student_kernel[(loss.numel(),)](s, p, loss, ds, q, len(s), Q, s.shape[1], K, LOG2_E / student_temp,
+                                                 same, table[images].clone(), *grids, **LAUNCH)
+                losses[i][:, images] += loss
+                if needs_weight:
+                    grad_weight.add_(ds.view(-1, K).T @ z.flatten(0, 2).to(grad_type), alpha=ctx.scales[i])
+                if needs[i] and head:
+                    grads[i][:, images] += ds @ weight.to(grad_type)
+                elif needs[i]:
+                    grads[i] = ds if grads[i] is None else grads[i].float() + ds
+                del s, ds                       # their memory serves the next product
+            del t, p
+        ctx.save_for_backward(grad_weight, *grads, *losses)
+        return sum(loss.sum() / max(1, loss[0].numel()) for loss in losses)
 
     @staticmethod
     def backward(ctx, upstream):
-        _refuse_double_backward()
-        # where: a masked row gets 0, also if upstream is NaN or inf
-        return *[None] * 8, *(None if grad is None else torch.where(grad == 0, 0, grad * upstream).to(dtype)
-                              for grad, dtype in zip(ctx.saved_tensors, ctx.types))
+        if torch.is_grad_enabled():             # create_graph=True
+            raise RuntimeError("the Triton loss cannot be differentiated twice; impl='torch' is twice differentiable")
+        grad_weight, *saved = ctx.saved_tensors
+        grads, losses = saved[:len(ctx.scales)], saved[len(ctx.scales):]
+        for i, (grad, loss) in enumerate(zip(grads, losses)):
+            if grad is not None:                # a row without a match gets 0, also if upstream is NaN
+                factor = torch.where(loss == 0, 0, upstream * ctx.scales[i])[..., None]
+                grads[i] = torch.mul(grad, factor, out=torch.empty_like(grad))
+        return *[None] * 8, None if grad_weight is None else grad_weight * upstream, *grads
 
 
-# ------------------------------------------------------------------------------------------------ benchmark
-
-def _benchmark(path):
-    """Time the local loss of a step with 2 global and 8 local views, and its gradient, last layers included."""
-    import json
+def _benchmark(file):
+    """Time the local loss of a step with 2 global and 8 local views, last layers included: a JSON object per line."""
     from torch.utils.benchmark import Timer
-    cuda, rows = torch.cuda.is_available(), []
+    cuda, grids, compiled = torch.cuda.is_available(), [(7, 7), (3, 3)], torch.compile(reference_cross_entropy)
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-    options, compiled = dict(student_temp=0.1, teacher_temp=0.04), torch.compile(reference_cross_entropy)
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if cuda else 'CPU'}; reference: pair by pair, "
-          f"as the official code\n{'':46}forward ms   with gradient ms   peak MiB")
     for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
-        views, grids = (2, 8), [(7, 7), (3, 3)]
         boxes = torch.rand(10, B, 5, device=device) * 200 + 1
-        z = [F.normalize(torch.randn(v, B, height * width, 256, device=device), dim=-1).requires_grad_()
-             for v, (height, width) in zip(views, grids)]
-        weight = F.normalize(torch.randn(K, 256, device=device), dim=-1).requires_grad_()
-        teacher_z, teacher_weight, center = z[0].detach().flip(1), weight.detach(), torch.zeros(K, device=device)
+        weight, *z = (F.normalize(torch.randn(*shape, 256, device=device), dim=-1).requires_grad_()
+                      for shape in ((K,), (2, B, 49), (8, B, 9)))
+        teacher, center = (z[0].detach().flip(1), weight.detach()), torch.zeros(K, device=device)
 
-        def logits(x, weight):
-            return x.to(dtype) @ weight.to(dtype).T
-
-        def reference(loss):
-            matches = [geometric_matches(part[:, None], boxes[:2], grid, (7, 7))
-                       for part, grid in zip(boxes.split(views), grids)]
-            return sum(loss(logits(x, weight), logits(teacher_z, teacher_weight), center, **options, index=i, weight=w)
-                       for x, (i, w) in zip(z, matches))
-
-        def local(impl):
-            return sum(local_cross_entropy(
-                logits(x, weight), logits(teacher_z, teacher_weight), center, impl=impl, student_boxes=part,
-                teacher_boxes=boxes[:2], student_grid=grid, teacher_grid=(7, 7), **options)
-                for x, part, grid in zip(z, boxes.split(views), grids))
+        def reference(cross_entropy):
+            t, loss = teacher[0].to(dtype) @ teacher[1].to(dtype).T, 0
+            for x, part, grid in zip(z, boxes.split((2, 8)), grids):
+                index, w = geometric_matches(part[:, None], boxes[:2], grid, (7, 7))
+                loss = loss + cross_entropy(x.to(dtype) @ weight.to(dtype).T, t, center, 0.1, 0.04, index, w)
+            return loss
 
         def head(impl):
-            return head_cross_entropy(z, weight, teacher_z, teacher_weight, center, impl=impl, student_boxes=boxes,
-                                      teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=(7, 7), **options)
+            return head_cross_entropy(
+                z, weight, *teacher, center, student_temp=0.1, teacher_temp=0.04, impl=impl, student_boxes=boxes,
+                teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=(7, 7))
 
-        losses = {"reference, eager": (reference, reference_cross_entropy),
-                  "reference, torch.compile": (reference, compiled)}
-        losses |= {f"{loss.__name__}_cross_entropy, {impl}": (loss, impl) for loss in (local, head)
-                   for impl in ("torch", "triton")[:1 + cuda]}
-        for name, (loss, argument) in losses.items():
-            calls = (lambda: loss(argument), lambda: torch.autograd.grad(loss(argument), [*z, weight]))
+        losses = dict(reference=(reference, reference_cross_entropy), reference_compiled=(reference, compiled),
+                      torch=(head, "torch"), triton=(head, "triton"))
+        for name, what in itertools.product(list(losses)[:3 + cuda], ("loss(how)", "grad(loss(how), inputs)")):
+            names = dict(zip(("loss", "how"), losses[name]), grad=torch.autograd.grad, inputs=[*z, weight])
+            row = dict(B=B, K=K, loss=name, what=what)
             try:
-                forward, both = (1e3 * Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-                                 .blocked_autorange(min_run_time=0.5).median for call in calls)
-                peak = math.nan
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    calls[1]()
-                    peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+                timer = Timer(what, globals=names, num_threads=torch.get_num_threads())
+                row["ms"] = round(1e3 * timer.blocked_autorange(min_run_time=0.5).median, 3)
+                row["peak_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20 if cuda else None
             except torch.OutOfMemoryError:
-                forward = both = peak = math.nan
-            rows.append(dict(B=B, K=K, name=name, forward_ms=forward, forward_backward_ms=both, peak_mib=peak))
-            print(f"B {B:3}  K {K:5}  {name:28}{forward:12.4g}{both:19.4g}{peak:11.4g}", flush=True)
-    if path:
-        with open(path, "w") as file:
-            json.dump(rows, file, indent=1)
+                row["ms"] = "out of memory"
+            print(json.dumps(row), file=file, flush=True)
 
 
 if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description="Times the loss: forward, forward and backward, peak memory.")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser = argparse.ArgumentParser(description="Time the loss: forward, forward and backward, peak memory.")
+    parser.add_argument("--json", metavar="FILE", nargs="?", type=argparse.FileType("w"), default="-", const="-")
     _benchmark(parser.parse_args().json)
