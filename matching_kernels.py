@@ -178,7 +178,7 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
     """Check all arguments. Returns: students as a list; a group (table, grids, same) for each; whether to use Triton.
 
     table: matches (B, v, Q, Ns) int32, -1 if masked; or, for the kernel to find them, boxes (B, v + Q, 5) float32, the
-        student's first. It is a copy: the caller may change the boxes before the backward pass.
+        student's first. It is a copy: the caller may change an index before a checkpoint's backward pass reads it.
     grids: (rows, cols, rows, cols) of the student's and the teacher's patches.
     same: student view v of this size and teacher view q are left out if v - q == same.
     """
@@ -320,7 +320,6 @@ if triton is not None:
         q = tl.minimum(q, Q - 1)                # an odd number of views has no second one at the end
         if TABLE.dtype.element_ty == tl.int32:
             m = tl.load(TABLE + ((b * V + v) * Q + q).to(tl.int64) * (S_ROWS * S_COLS) + n)
-            end = tl.where(m >= 0, end, 0)
             m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
         else:
             S, T = TABLE + (b * (V + Q) + v) * 5, TABLE + (b * (V + Q) + V + q) * 5
@@ -387,7 +386,7 @@ class _TritonLoss(torch.autograd.Function):
                 student_weight, *students):
         (Q, B, _, _), K, head = teacher_z.shape, len(center), student_weight is not None
         needs_weight, *needs = (wanted and needed for needed in ctx.needs_input_grad[8:])
-        logit_type, grad_type, center = teacher_z.dtype, None, center.float().contiguous()
+        logit_type, grad_type, center = teacher_z.dtype, None, center.contiguous()
         if head:
             logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
             weight, teacher_weight = student_weight.to(logit_type), teacher_weight.to(logit_type)
@@ -408,7 +407,7 @@ class _TritonLoss(torch.autograd.Function):
                     ds = s.view(grad_type) if head else torch.empty_like(s)
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)
                 _student_kernel[(loss.numel(),)](s, p, loss, ds, q, len(s), Q, s.shape[1], K, LOG2_E / student_temp,
-                                                 same, table[images].clone(), *grids, **LAUNCH)
+                                                 same, table[images].clone(), *grids, **LAUNCH)     # clone: aligned
                 losses[i][:, images] += loss
                 if needs_weight:
                     grad_weight.add_(ds.view(-1, K).T @ z.flatten(0, 2).to(grad_type), alpha=ctx.scales[i])
