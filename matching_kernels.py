@@ -118,7 +118,7 @@ def _torch_loss(groups, student_temp, teacher_temp, images, teacher_z, teacher_w
                 *students):
     """The sum over the mean of a slice of the images. Without weights (None), z are logits."""
     def logits(z, weight):
-        return z[:, images] if weight is None else z[:, images].to(dtype) @ weight.to(dtype).T
+        return z[:, images] if weight is None else z[:, images].to(dtype).contiguous() @ weight.to(dtype).T
 
     dtype = torch.promote_types(students[0].dtype, torch.float32)
     target = F.softmax((logits(teacher_z, teacher_weight).to(dtype) - center.to(dtype)) / teacher_temp, dim=-1)
@@ -397,12 +397,13 @@ class _TritonLoss(torch.autograd.Function):
         ctx.scales = [1 / (unit * student_temp * max(1, loss[0].numel())) for loss in losses]
         for start in range(0, B, step):
             images = slice(start, start + step)
-            t = teacher_z[:, images].to(logit_type) @ teacher_weight.T if head else teacher_z.contiguous()
+            t = teacher_z[:, images].to(logit_type).contiguous()        # contiguous: one large product, not many
+            t = t @ teacher_weight.T if head else t
             p = t if head else torch.empty_like(t, dtype=torch.float16 if unit > 1 else torch.float32)
             _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **LAUNCH)
             for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
                 z, (table, grids, same), ds = students[i][:, images], groups[i], None
-                s = z.to(logit_type) @ weight.T if head else z.contiguous()     # (v, b, Ns, K)
+                s = z.to(logit_type).contiguous() @ weight.T if head else z.contiguous()    # (v, b, Ns, K)
                 if needs_weight or needs[i]:
                     ds = s.view(grad_type) if head else torch.empty_like(s)
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)

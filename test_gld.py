@@ -866,8 +866,10 @@ def test_the_teacher_is_computed_once_for_all_views(without_kernels):
         head_cross_entropy(*args, impl="triton", skip_same_view=True, **TEMPS, **geometry)
         assert without_kernels[0].rows == [2 * 4 * 49] and without_kernels[1].rows == [4 * 2 * 49, 4 * 8 * 9]
         many, geometry_of_many = head_inputs(B=8)       # 7 images at a time would fit
-        head_cross_entropy(*many, impl="triton", **TEMPS, **geometry_of_many)
+        with FlopCounterMode(display=False) as counter:
+            head_cross_entropy(*many, impl="triton", **TEMPS, **geometry_of_many)
         assert without_kernels[0].rows[1:] == [4 * 98, 4 * 98]
+        assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.mm]     # not many small ones, as bmm
         for calls in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 for sizes in calls:
