@@ -1584,7 +1584,7 @@ def test_the_built_in_run_learns(tmp_path):
 
 
 def test_compiled_networks_train_and_save_the_same(tmp_path, monkeypatch):
-    """--compile with the eager backend, since compiling takes minutes: are both networks captured, and saved as ever?"""
+    """With the eager backend, since compiling takes minutes: are both networks captured, and saved as ever?"""
     compiled = []
     monkeypatch.setattr(gld.Network, "compile", lambda self: compiled.append(self) or setattr(
         self, "_compiled_call_impl", torch.compile(self._call_impl, backend="eager")))
