@@ -116,7 +116,7 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
 
 def _torch_loss(groups, student_temp, teacher_temp, images, teacher_z, teacher_weight, center, student_weight,
                 *students):
-    """The sum over the mean of a slice of the images. Without weights (None), z are logits."""
+    """The part that a slice of the images has in the loss of all. Without weights (None), z are logits."""
     def logits(z, weight):
         return z[:, images] if weight is None else z[:, images].to(dtype).contiguous() @ weight.to(dtype).T
 
