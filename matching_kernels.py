@@ -468,8 +468,8 @@ def _benchmark(file):
                 timer = Timer(what, globals=names, num_threads=torch.get_num_threads())
                 row["ms"] = round(1e3 * timer.blocked_autorange(min_run_time=0.5).median, 3)
                 row["peak_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20 if cuda else None
-            except torch.OutOfMemoryError:
-                row["ms"] = "out of memory"
+            except RuntimeError as error:       # out of memory, or no compiler for torch.compile
+                row["ms"] = type(error).__name__
             print(json.dumps(row), file=file, flush=True)
 
 
