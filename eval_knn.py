@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-from gld import (ARCHS, BadInput, Backbone, Parser, run_script, load_file, load_images, load_strictly, normalise,
-                 ignore_signals, start_processes, stride_of)
+from gld import (ARCHS, BadInput, Backbone, Parser, blame, ignore_signals, load_file, load_images, normalise,
+                 run_script, start_processes, stride_of)
 from matching_kernels import geometric_matches, similarity_matches
 
 DEFAULT_CHECKPOINT = "output/checkpoint.pt"
@@ -82,7 +82,8 @@ def load_backbone(path, weights="teacher"):
     if arch not in ARCHS:
         raise BadInput(f"--checkpoint {path}: none of {', '.join(ARCHS)} has keys like {', '.join(list(state)[:3])}")
     backbone = Backbone(arch, size, patch)
-    load_strictly(backbone.net, state, f"--checkpoint {path} as {arch}")
+    with blame(f"--checkpoint {path} as {arch}"):
+        backbone.net.load_state_dict(state)
     return backbone.eval(), size, options
 
 

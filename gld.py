@@ -546,7 +546,8 @@ def train(cfg):
                 group["weight_decay"] = group["decay"] * cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
             momentum = cosine(cfg.teacher_momentum, 1, step, steps)
             teacher_temp = teacher_temp_at(epoch, cfg)
-            torch.manual_seed(seed_of(cfg.seed, step, rank))    # for stochastic depth: a resumed run draws the same
+            # for stochastic depth: a resumed run draws the same
+            torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2 ** 62)))
 
             views, boxes, unreadable = batch
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -734,11 +735,6 @@ def choose_precision(cfg, device):
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-
-
-def seed_of(*numbers):
-    """A random seed that is a function of these integers."""
-    return int(np.random.default_rng(numbers).integers(2 ** 62))
 
 
 @contextlib.contextmanager
@@ -1003,12 +999,6 @@ def load_file(path, flag):
     return content
 
 
-def load_strictly(module, state, what):
-    """load_state_dict whose complaint, the keys that do not fit, is one line. Raises BadInput."""
-    with blame(what):
-        module.load_state_dict(state)
-
-
 def restore(cfg, run, centers, identity):
     """Resume from OUTPUT/checkpoint.pt, or initialise from --init-from, or do nothing. Returns: the first step to do.
 
@@ -1041,7 +1031,8 @@ def restore(cfg, run, centers, identity):
                            + longer + new_run)
     for name in run if resume else ("student", "teacher"):
         if saved[name]:                                     # the gradient scaler has no state unless fp16 is used
-            load_strictly(run[name], saved[name], f"{path}, {name}")
+            with blame(f"{path}, {name}"):
+                run[name].load_state_dict(saved[name])
     if resume:
         centers.copy_(saved["centers"])
     return saved["step"] if resume else 0
