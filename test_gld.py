@@ -63,6 +63,9 @@ QUICK = ("--data-fraction 0.1 --batch-size 8 --workers 0 --epochs 1 --warmup-epo
          "--head-hidden 16 --eval-every 0")            # 30 steps, where learning is not the point
 needs_triton = pytest.mark.skipif(mk.triton is None, reason="no Triton here")
 torch.set_num_threads(1)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:     # in the background or under nohup; a run rightly ignores them then
+        signal.signal(number, handler)
 gld.draw_shapes = functools.cache(gld.draw_shapes)     # drawn once for all tests
 
 
