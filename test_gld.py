@@ -64,7 +64,7 @@ QUICK = ("--data-fraction 0.1 --batch-size 8 --workers 0 --epochs 1 --warmup-epo
 needs_triton = pytest.mark.skipif(mk.triton is None, reason="no Triton here")
 torch.set_num_threads(1)
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) is signal.SIG_IGN:     # in the background or under nohup; a run rightly ignores them then
+    if signal.getsignal(number) is signal.SIG_IGN:     # in the background or under nohup; a run rightly ignores them
         signal.signal(number, handler)
 gld.draw_shapes = functools.cache(gld.draw_shapes)     # drawn once for all tests
 
