@@ -219,6 +219,18 @@ def labelled(data, fraction):
     return parts, [parts[0].labels, np.searchsorted(parts[0].classes, parts[1].classes)[parts[1].labels]]
 
 
+def top1_of_20nn(backbone, labelled_parts, cfg, device, rank, world):
+    """20-NN top-1 accuracy on val/, percent, for gld.py while it trains; None on all processes but the first."""
+    parts, labels = labelled_parts
+    backbone.eval()
+    train, val = (extract(lambda x: backbone(x)[0], part, cfg.global_size, cfg, device, rank, world) for part in parts)
+    backbone.train()
+    if rank:
+        return None
+    train_labels, val_labels = (torch.as_tensor(y, device=device) for y in labels)
+    return knn(train, train_labels, val, val_labels, [20], 0.07)[20][0]
+
+
 # ------------------------------------------------------------------------------------------------ matches of patches
 
 def random_box(image, scale):

@@ -1,40 +1,36 @@
 # SPDX-License-Identifier: MIT
 """Global-Local Self-Distillation (GLSD, WACV 2023) in one file.
 
-    python gld.py                                             # trains on the built-in dataset `shapes`: 1-2 minutes
-    python eval_knn.py                                        # how good are the features?
-    python gld.py --data PATH/TO/IMAGES --arch vit_small      # your images, one GPU
-    torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET/train       # the paper's run
+    python gld.py                                                             # the built-in dataset: 1-2 minutes
+    python eval_knn.py                                                        # how good are the features?
+    python gld.py --data PATH/TO/IMAGES --arch vit_small --batch-size 64      # your images, one GPU
+    torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET   # the paper's settings
 
-A student network learns from its own EMA teacher, without labels. The student sees V views (crops) of an image, the
-teacher only the Q = 2 global ones. For a whole view, the student learns to predict the teacher's output for another
-view of the same image; this is DINO. For every patch, it also learns to predict the teacher's output for the matching
-patch of that view. Which patch matches? `geometric`: the patch that shows the same place of the image. `similarity`
-(EsViT): the patch with the most similar features. `none`: no patch matching; this is plain DINO.
+A student network learns from its own EMA teacher, without labels. The student sees V views (crops) of an image: 2 large
+ones, called global, and L small ones, called local. The teacher sees only the Q = 2 global views. From a whole view,
+the student learns to predict the teacher's output for another view of the same image: the image loss. This is DINO.
+From every patch, the student also learns to predict the teacher's output for the matching patch of that view: the patch
+loss. Which patch matches? `geometric`: the patch that shows the same place of the image. `similarity` (EsViT): the
+patch with the most similar features. `none`: there is no patch loss, and the method is DINO.
 
     B       images in the batch of one process       C    width of the backbone's features
-    V, Q    student views (2 global + L local), teacher views (the 2 global ones)
-    N       patches of one view (grid rows x cols, row-major)
-    D, K    width of a head's bottleneck z, output dimension of a head ("prototypes")
+    V, Q    student views, teacher views             N    patches of one view (grid rows x cols, row-major)
+    D       width of a head's bottleneck z           K    output dimension of a head ("prototypes")
     box     where a view was cropped: (top, left, height, width, flip), pixels of the original image
 
-Read from top to bottom: options, views, networks, loss, training. After "the paper ends here" come data files,
-checkpoints, logging and error handling.
+Read from top to bottom: options, views, networks, loss, training. After "the paper ends here" come processes and
+signals, data files, checkpoints, the log and error handling.
 """
 import argparse
 import contextlib
-import difflib
 import functools
-import io
 import json
 import math
 import os
 import signal
 import sys
-import tarfile
 import time
 import traceback
-import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -49,82 +45,84 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.profiler import record_function
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-try:
-    import fcntl                        # Windows has neither of these two
-    import resource
-except ImportError:
-    fcntl = resource = None
-
 from matching_kernels import geometric_matches, head_cross_entropy, similarity_matches
 
 ARCHS = ("conv_tiny", "vit_tiny", "vit_small", "vit_base", "swin_t", "swin_s", "swin_b", "resnet50")
-STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
-PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)           # of ImageNet
+STUDENT_TEMP = 0.1
+CENTER_MOMENTUM = 0.9
+PIXEL_MEAN = (0.485, 0.456, 0.406)      # of ImageNet
+PIXEL_STD = (0.229, 0.224, 0.225)
 
-OPTIONS = {  # group: (flag, value of --preset small, of --preset paper, choices or (lowest, highest), meaning)
-    "data": (
-        ("data", "shapes", "shapes", None, "folder of images, .tar of one, or a built-in dataset: shapes, cifar10"),
-        ("data-fraction", 1.0, 1.0, (1e-9, 1), "use this fraction of each class, always the same images"),
-    ),
-    "views": (
-        ("global-size", 32, 224, (1, 9999), "side of a global view, pixels"),
-        ("local-size", 16, 96, (1, 9999), "side of a local view, pixels"),
-        ("local-views", 4, 8, (0, 99), "L, number of local views per image"),
-        ("global-scale", [0.4, 1.0], [0.4, 1.0], (1e-9, 1), "crop scale of a global view (fraction of the area)"),
-        ("local-scale", [0.1, 0.4], [0.05, 0.4], (1e-9, 1), "crop scale of a local view (fraction of the area)"),
-        ("blur-sigma", [0.1, 0.5], [0.1, 2.0], (1e-9, 99), "range of the Gaussian blur's sigma, pixels"),
-    ),
-    "model": (
-        ("arch", "conv_tiny", "swin_t", ARCHS, "backbone: " + ", ".join(ARCHS)),
-        ("patch-size", 8, 16, (1, 999), "patch size of a ViT, pixels"),
-        ("drop-path", 0.0, -1.0, (0, 0.999), "stochastic depth of the student; -1: 0.2 for swin_s, swin_b, else 0.1"),
-        ("out-dim", 256, 65536, (2, 1e9), "K, output dimension of a head"),
-        ("head-hidden", 128, 2048, (1, 1e6), "hidden width of a head"),
-        ("head-bottleneck", 64, 256, (1, 1e6), "D, width before the last layer of a head"),
-        ("norm-last-layer", True, False, None, "fix the weight-norm magnitude of the last layer at 1"),
-        ("init-from", "", "", None, "initialise student and teacher from this checkpoint.pt"),
-    ),
-    "loss": (
-        ("matching", "geometric", "geometric", ("geometric", "similarity", "none"),
-         "which patches match: geometric, similarity, or none (no patch matching, DINO)"),
-        ("hinge", True, True, None, "geometric matching: mask patches without a teacher patch close by"),
-        ("teacher-temp", 0.04, 0.07, (1e-6, 1e6), "teacher temperature"),
-        ("warmup-teacher-temp", 0.04, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
-        ("warmup-teacher-temp-epochs", 0, 30, (0, 1e9), "epochs of linear warm-up of the teacher temperature"),
-    ),
-    "optimisation": (
-        ("epochs", 10, 300, (1, 1e9), "passes over the data"),
-        ("batch-size", 32, 32, (1, 1e6), "images per process"),
-        ("lr", 1.6e-2, 5e-4, (0, 1e6), "learning rate per 256 images of the total batch"),
-        ("min-lr", 1e-6, 1e-6, (0, 1e6), "learning rate at the end (cosine)"),
-        ("warmup-epochs", 1.0, 10.0, (0, 1e9), "linear warm-up of the learning rate"),
-        ("weight-decay", 0.04, 0.04, (0, 1e6), "weight decay at the start"),
-        ("weight-decay-end", 0.4, 0.4, (0, 1e6), "weight decay at the end (cosine)"),
-        ("clip-grad", 3.0, 3.0, (0, 1e9), "largest gradient norm of each parameter; 0: no clipping"),
-        ("freeze-last-layer", 0, 1, (0, 1e9), "epochs in which the last layer of the heads is frozen"),
-        ("teacher-momentum", 0.99, 0.996, (0, 1), "momentum of the EMA teacher at the start (cosine to 1)"),
-        ("seed", 0, 0, (0, 2 ** 32), "random seed"),
-    ),
-    "run (may change when a run is resumed)": (
-        ("output", "output", "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
-        ("resume", True, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
-        ("save-every", 1, 1, (1, 1e9), "epochs between checkpoints"),
-        ("eval-every", -1, -1, (0, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0"),
-        ("max-steps", 0, 0, (1, 1e9), "stop after this many steps; the schedules still follow --epochs (0: do not)"),
-        ("profile", 0, 0, (1, 1e6), "report time per phase of N steps, and save no checkpoint"),
-        ("workers", min(os.cpu_count() or 1, 10), min(os.cpu_count() or 1, 10), (0, 999), "DataLoader workers per GPU"),
-        ("precision", "auto", "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype"),
-        ("compile", False, False, None, "torch.compile the networks"),
-        ("impl", "auto", "auto", ("auto", "triton", "torch"), "implementation of the loss, see matching_kernels.py"),
-        ("device", "auto", "auto", ("auto", "cpu", "cuda"), "auto: cuda if available"),
-    ),
-}
+class Option(NamedTuple):
+    """A command-line flag."""
+    name: str
+    small: object                       # default of --preset small
+    paper: object                       # default of --preset paper
+    allowed: tuple                      # names, or (lowest, highest), or None
+    meaning: str
+    resumable: bool = False             # may change when a run is resumed
+
+    def flag(self):
+        return "--" + self.name.replace("_", "-")
+
+ANY = (0, 1e9)
+FRACTION = (1e-9, 1)
+WORKERS = min(os.cpu_count() or 1, 10)
+OPTIONS = (
+    Option("data", "shapes", "shapes", None, "folder of images, or a built-in dataset: shapes, cifar10"),
+    Option("data_fraction", 1.0, 1.0, FRACTION, "use this fraction of each class, always the same images"),
+    # views
+    Option("global_size", 32, 224, (1, 9999), "side of a global view, pixels"),
+    Option("local_size", 16, 96, (1, 9999), "side of a local view, pixels"),
+    Option("local_views", 4, 8, (0, 99), "L, number of local views per image"),
+    Option("global_scale", [0.4, 1.0], [0.4, 1.0], FRACTION, "crop scale of a global view (fraction of the area)"),
+    Option("local_scale", [0.1, 0.4], [0.05, 0.4], FRACTION, "crop scale of a local view (fraction of the area)"),
+    Option("blur_sigma", [0.1, 0.5], [0.1, 2.0], (1e-9, 99), "range of the Gaussian blur's sigma, pixels"),
+    # networks
+    Option("arch", "conv_tiny", "swin_t", ARCHS, "backbone: " + ", ".join(ARCHS)),
+    Option("patch_size", 8, 16, (1, 999), "patch size of a ViT, pixels"),
+    Option("drop_path", 0.0, -1.0, (-1, 0.999), "student's stochastic depth; -1: 0.2 for swin_s and swin_b, else 0.1"),
+    Option("out_dim", 256, 65536, (2, 1e9), "K, output dimension of a head"),
+    Option("head_hidden", 128, 2048, (1, 1e6), "hidden width of a head"),
+    Option("head_bottleneck", 64, 256, (1, 1e6), "D, width before the last layer of a head"),
+    Option("norm_last_layer", True, False, None, "fix the weight-norm magnitude of the last layer at 1"),
+    Option("init_from", "", "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
+    # the loss
+    Option("matching", "geometric", "geometric", ("geometric", "similarity", "none"),
+           "which patches match: geometric, similarity, or none (no patch loss: DINO)"),
+    Option("hinge", True, True, None, "geometric matching: mask patches without a teacher patch close by"),
+    Option("teacher_temp", 0.04, 0.07, (1e-6, 1e6), "teacher temperature"),
+    Option("warmup_teacher_temp", 0.04, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
+    Option("warmup_teacher_temp_epochs", 0, 30, ANY, "epochs of linear warm-up of the teacher temperature"),
+    # optimisation
+    Option("epochs", 10, 300, (1, 1e9), "passes over the data"),
+    Option("batch_size", 32, 256, (1, 1e6), "images per step, over all processes"),
+    Option("lr", 1.6e-2, 5e-4, (0, 1e6), "learning rate per 256 images of the batch"),
+    Option("min_lr", 1e-6, 1e-6, (0, 1e6), "learning rate at the end (cosine)"),
+    Option("warmup_epochs", 1.0, 10.0, ANY, "linear warm-up of the learning rate"),
+    Option("weight_decay", 0.04, 0.04, (0, 1e6), "weight decay at the start"),
+    Option("weight_decay_end", 0.4, 0.4, (0, 1e6), "weight decay at the end (cosine)"),
+    Option("clip_grad", 3.0, 3.0, ANY, "largest gradient norm of each parameter; 0: no clipping"),
+    Option("freeze_last_layer", 0, 1, ANY, "epochs in which the last layer of the heads is frozen"),
+    Option("teacher_momentum", 0.99, 0.996, (0, 1), "momentum of the EMA teacher at the start (cosine to 1)"),
+    Option("seed", 0, 0, (0, 2 ** 32), "random seed"),
+    # the run: these may change when it is resumed
+    Option("output", "output", "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl", True),
+    Option("resume", True, True, None, "resume from OUTPUT/checkpoint.pt if it exists", True),
+    Option("save_every", 1, 1, (1, 1e9), "epochs between checkpoints", True),
+    Option("eval_every", -1, -1, (-1, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0", True),
+    Option("max_steps", 0, 0, ANY, "stop after this many steps; the schedules still follow --epochs; 0: do not", True),
+    Option("workers", WORKERS, WORKERS, (0, 999), "DataLoader workers per process", True),
+    Option("precision", "auto", "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype", True),
+    Option("compile", False, False, None, "torch.compile the networks", True),
+    Option("impl", "auto", "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py", True),
+    Option("device", "auto", "auto", ("auto", "cpu", "cuda"), "auto: cuda if available", True),
+)
 
 
 # ------------------------------------------------------------------------------------------------ views and boxes
@@ -139,33 +137,28 @@ class Views(NamedTuple):
     sigma: torch.Tensor             # (v,) of the Gaussian blur, pixels; 0: no blur
     solarise: torch.Tensor          # (v,) True: invert the pixels above one half
 
-
 def crop_views(image, cfg):
     """One image (3, H, W) uint8 -> [global Views, local Views (if any)]. This is all that a DataLoader worker does."""
-    # per view: probability of blur, probability of solarisation
-    sizes = ((cfg.global_size, cfg.global_scale, [(1.0, 0.0), (0.1, 0.2)]),
-             (cfg.local_size, cfg.local_scale, [(0.5, 0.0)] * cfg.local_views))
-    return [draw_views(image, size, scale, cfg.blur_sigma, views) for size, scale, views in sizes if views]
+    large = [draw_view(image, cfg.global_size, cfg.global_scale, cfg.blur_sigma, blur_p, solarise_p)
+             for blur_p, solarise_p in ((1.0, 0.0), (0.1, 0.2))]
+    small = [draw_view(image, cfg.local_size, cfg.local_scale, cfg.blur_sigma, blur_p=0.5, solarise_p=0.0)
+             for _ in range(cfg.local_views)]
+    return [Views(*map(torch.stack, zip(*views))) for views in (large, small) if views]
 
-
-def draw_views(image, size, scale, blur_sigma, probabilities):
-    """Views of one size, drawn from torch's random generator with DINO's distribution; probabilities: per view."""
-    views = []
-    for blur_probability, solarise_probability in probabilities:
-        flip, jittered, grey, strength, blurred, solarised = torch.rand(6).tolist()
-        box = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))        # top, left, height, width
-        order, *jitter = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
-        sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * strength
-        views.append((TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True),
-                      [*box, float(flip < 0.5)],
-                      jitter if jittered < 0.8 else [1.0, 1.0, 1.0, 0.0],
-                      order.tolist(),
-                      grey < 0.2,
-                      sigma if blurred < blur_probability else 0.0,
-                      solarised < solarise_probability))
-    crops, *parameters = zip(*views)
-    return Views(torch.stack(crops), *map(torch.tensor, parameters))
-
+def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
+    """One view, drawn from torch's random generator with DINO's distribution: `Views` without the axis v."""
+    flip_u, jitter_u, grey_u, sigma_u, blur_u, solarise_u = torch.rand(6).tolist()
+    box = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))            # top, left, height, width
+    order, *factors = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
+    sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * sigma_u
+    return Views(
+        crops=TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True),
+        boxes=torch.tensor([*box, float(flip_u < 0.5)]),
+        jitter=torch.tensor(factors if jitter_u < 0.8 else [1.0, 1.0, 1.0, 0.0]),
+        order=order,
+        grey=torch.tensor(grey_u < 0.2),
+        sigma=torch.tensor(sigma if blur_u < blur_p else 0.0),
+        solarise=torch.tensor(solarise_u < solarise_p))
 
 @torch.no_grad()
 def augment(views, max_sigma):
@@ -175,21 +168,21 @@ def augment(views, max_sigma):
     Returns: (v, B, 3, S, S) float32, normalised.
     """
     B, v = views.crops.shape[:2]
-    crops, boxes, jitter, order, grey, sigma, solarise = (x.transpose(0, 1).flatten(0, 1) for x in views)  # (v*B, ...)
-    flip, grey, solarise = (x.view(-1, 1, 1, 1) > 0 for x in (boxes[:, 4], grey, solarise))
-    x = crops.float() / 255                                                                 # (v*B, 3, S, S)
+    views = Views(*(field.transpose(0, 1).flatten(0, 1) for field in views))                # (v*B, ...)
+    flip, grey, solarise = (flag[:, None, None, None] > 0 for flag in (views.boxes[:, 4], views.grey, views.solarise))
+    x = views.crops.float() / 255                                                           # (v*B, 3, S, S)
     x = torch.where(flip, x.flip(-1), x)
-    x = jitter_colours(x, jitter, order)
+    x = jitter_colours(x, views.jitter, views.order)
     x = torch.where(grey, TF.rgb_to_grayscale(x), x)
-    x = blur(x, sigma, radius=math.ceil(3 * max_sigma))
+    x = blur(x, views.sigma, radius=min(math.ceil(3 * max_sigma), x.shape[-1] - 1))
     x = torch.where(solarise & (x >= 0.5), 1 - x, x)
     return normalise(x).unflatten(0, (v, B))
-
 
 def jitter_colours(x, factors, order):
     """Brightness, contrast, saturation and hue of x (N, 3, H, W) by factors (N, 4), in each image's order (N, 4)."""
     for op in order.T:                                                                      # (N,) 0, 1, 2 or 3
-        factor, op = factors.gather(1, op[:, None]).view(-1, 1, 1, 1), op.view(-1, 1, 1, 1)
+        factor = factors.gather(1, op[:, None])[:, :, None, None]                           # (N, 1, 1, 1)
+        op = op[:, None, None, None]
         grey = TF.rgb_to_grayscale(x)
         # the first three blend the image with something: with black, with its mean grey, with its own grey
         other = torch.where(op == 2, grey, torch.where(op == 1, grey.mean((2, 3), keepdim=True), 0))
@@ -197,11 +190,10 @@ def jitter_colours(x, factors, order):
         x = torch.where(op == 3, shift_hue(x, factors[:, 3]), blended)
     return x
 
-
 def shift_hue(x, shift):
     """Rotate the hue of x (N, 3, H, W) in [0, 1] by shift (N,), in full circles: RGB -> HSV -> RGB."""
-    value, low = x.amax(1), x.amin(1)                                                       # (N, H, W)
-    chroma = value - low
+    value = x.amax(1)                                                                       # (N, H, W)
+    chroma = value - x.amin(1)
     r, g, b = x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     # the hue in sixths of a circle: red is 0, green 2, blue 4
@@ -212,7 +204,6 @@ def shift_hue(x, shift):
     k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6                                     # (N, 3, H, W)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
-
 def blur(x, sigma, radius):
     """Gaussian blur of x (N, 3, H, W) with a sigma (N,) per image: a convolution along rows, one along columns."""
     taps = torch.arange(-radius, radius + 1, device=x.device)
@@ -222,29 +213,18 @@ def blur(x, sigma, radius):
     rows = F.conv2d(padded, kernel, groups=len(kernel))
     return F.conv2d(rows, kernel.mT, groups=len(kernel)).view_as(x)
 
-
-@functools.cache
-def per_channel(values, device):
-    """(3, 1, 1). Cached, since a copy to the GPU would wait for everything that is queued there."""
-    return torch.tensor(values, device=device).view(3, 1, 1)
-
-
 def normalise(x):
     """x (N, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
-    return (x - per_channel(PIXEL_MEAN, x.device)) / per_channel(PIXEL_STD, x.device)
+    return torch.stack([(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)], 1)
 
 
 # ------------------------------------------------------------------------------------------------ networks
 
 def stride_of(arch, patch_size):
     """Side of a patch, pixels."""
-    return patch_size if arch.startswith("vit") else 8 if arch == "conv_tiny" else 32
-
-
-def grids_of(cfg):
-    """(rows, cols) of the patches of a global and of a local view."""
-    return [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in (cfg.global_size, cfg.local_size)]
-
+    if arch.startswith("vit"):
+        return patch_size
+    return 8 if arch == "conv_tiny" else 32
 
 class SwinAttention(ShiftedWindowAttention):
     """Shifts its window also on grids that are not larger than the window, as the official Swin does (and torchvision's
@@ -266,18 +246,18 @@ class SwinAttention(ShiftedWindowAttention):
         x = self.proj(x).unflatten(1, (window, window)).roll((shift, shift), (1, 2))
         return x[:, :rows, :cols]
 
-
 class Backbone(nn.Module):
-    """torchvision's `arch` without its classifier. forward: x (N, 3, H, W) -> global (N, C), patches (N, P, C)."""
+    """torchvision's `arch` without its classifier. forward: x (N, 3, H, W) -> image (N, C), patches (N, P, C)."""
 
     def __init__(self, arch, image_size=224, patch_size=16, drop_path=0.0):
         super().__init__()
         self.arch, self.patch_size = arch, patch_size
         if arch == "conv_tiny":
-            self.width, self.net = 128, nn.Sequential()
+            self.width = 128
+            self.net = nn.Sequential()
             for before, after, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1)):
-                self.net.extend([nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after),
-                                 nn.ReLU()])
+                conv = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+                self.net.extend([conv, nn.BatchNorm2d(after), nn.ReLU()])
         elif arch.startswith("vit"):
             self.width, heads = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}[arch]
             self.net = torchvision.models.VisionTransformer(image_size, patch_size, 12, heads, self.width,
@@ -288,11 +268,12 @@ class Backbone(nn.Module):
             self.net = getattr(torchvision.models, arch)(
                 block=functools.partial(SwinTransformerBlock, attn_layer=SwinAttention),
                 norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))           # official; torchvision's has 1e-5
-            self.width, self.net.head = self.net.head.in_features, nn.Identity()
+            self.width = self.net.head.in_features
+            self.net.head = nn.Identity()
             for block in self.net.features[7]:                                  # official: no shift in the last stage
                 block.attn.shift_size = [0, 0]
         else:
-            self.net = getattr(torchvision.models, arch)()
+            self.net = torchvision.models.resnet50()
             self.width = self.net.fc.in_features
             self.net.avgpool = self.net.fc = nn.Identity()
         depths = [module for module in self.net.modules() if isinstance(module, StochasticDepth)]
@@ -338,7 +319,6 @@ class Backbone(nn.Module):
         grid = F.interpolate(grid.float(), size=(rows, cols), mode="bicubic")               # as the official code
         return torch.cat([embedding[:, :1], grid.flatten(2).mT.to(embedding.dtype)], 1)
 
-
 class Head(nn.Module):
     """Features (..., C) -> unit vectors z (..., D). The logits are z @ weight().T, with a weight-normalised layer."""
 
@@ -360,84 +340,83 @@ class Head(nn.Module):
     def forward(self, x):
         return F.normalize(self.mlp(x).float(), dim=-1)
 
-
 class Outputs(NamedTuple):
     """What the loss needs of a network."""
-    global_z: torch.Tensor          # (V, B, 1, D) bottleneck of the global head (the teacher's: Q views)
-    local_z: list                   # per size of view: (v, B, N, D) bottleneck of the local head
+    image_z: torch.Tensor           # (V, B, 1, D) bottleneck of the image head (the teacher's: Q views)
+    patch_z: list                   # per size of view: (v, B, N, D) bottleneck of the patch head
     features: list                  # per size of view: (v, B, N, C) the backbone's patch features
-    global_weight: torch.Tensor     # (K, D) last layer of the global head
-    local_weight: torch.Tensor      # (K, D) last layer of the local head; None without one
-
+    image_weight: torch.Tensor      # (K, D) last layer of the image head
+    patch_weight: torch.Tensor      # (K, D) last layer of the patch head; None without one
 
 class Network(nn.Module):
-    """Backbone, global head and (unless matching is none) local head. Student and teacher are one of these each."""
+    """Backbone, image head and (unless matching is none) patch head. Student and teacher are one of these each."""
 
     def __init__(self, cfg, drop_path=0.0):
         super().__init__()
         self.backbone = Backbone(cfg.arch, cfg.global_size, cfg.patch_size, drop_path)
-        self.global_head = Head(self.backbone.width, cfg)
-        self.local_head = Head(self.backbone.width, cfg) if cfg.matching != "none" else None
+        self.image_head = Head(self.backbone.width, cfg)
+        self.patch_head = Head(self.backbone.width, cfg) if cfg.matching != "none" else None
 
     def forward(self, views):
         """views: a list with one tensor (v, B, 3, S, S) per size of view, the global ones first."""
-        global_z, local_z, features = [], [], []
+        image_z, patch_z, features = [], [], []
         for x in views:
             image, patches = (y.unflatten(0, x.shape[:2]) for y in self.backbone(x.flatten(0, 1)))
-            global_z.append(self.global_head(image[:, :, None]))                            # (v, B, 1, D)
-            if self.local_head is not None:
-                local_z.append(self.local_head(patches))                                    # (v, B, N, D)
+            image_z.append(self.image_head(image[:, :, None]))                              # (v, B, 1, D)
+            if self.patch_head is not None:
+                patch_z.append(self.patch_head(patches))                                    # (v, B, N, D)
                 features.append(patches.detach())
-        local_weight = self.local_head.weight() if self.local_head is not None else None
-        return Outputs(torch.cat(global_z), local_z, features, self.global_head.weight(), local_weight)
+        patch_weight = self.patch_head.weight() if self.patch_head is not None else None
+        return Outputs(torch.cat(image_z), patch_z, features, self.image_head.weight(), patch_weight)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
 
 def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
-    """The loss of the paper, a pure function: global_loss, local_loss. The student minimises their sum.
+    """The loss of the paper, a pure function. Returns: loss, image_loss, patch_loss.
 
-        global_loss = 1/2 * mean over pairs of views (q, v) of CE(T(q), S(v))
-        local_loss = 1/2 * mean over pairs of views (q, v) and patches n of w_n * CE(T(q, m(n)), S(v, n))
+        image_loss = mean over pairs of views (q, v) of CE(T(q), S(v))
+        patch_loss = mean over pairs of views (q, v) and patches n of w_n * CE(T(q, m(n)), S(v, n))
+        loss = (image_loss + patch_loss) / 2; with matching none, loss = image_loss
 
     T = softmax((teacher logits - centre) / teacher_temp), S = softmax(student logits / 0.1), CE(t, s) = -sum t * log s.
-    A pair is a teacher view q and a student view v of the same image, v not q. m(n) is the teacher patch that matches
-    student patch n. With geometric matching, it is the patch whose centre is nearest in the image; n is masked
-    (w_n = 0, but it still counts in the mean) if that centre is further away than half the diagonal of the larger of
-    the two patches. See `geometric_matches`.
+    A pair is a teacher view q and another student view v of the same image. m(n) is the teacher patch that matches
+    student patch n. With geometric matching, it is the patch whose midpoint is nearest in the image. w_n is 1 if the
+    two midpoints are closer than half the diagonal of the larger of the two patches. Otherwise n is masked: w_n is 0,
+    but n still counts in the mean. See `geometric_matches`. With similarity matching, w_n is always 1.
+
+    The centre is a running mean of the teacher's logits. Without it, one prototype could win for every image. The low
+    teacher temperature prevents the other collapse, that all prototypes win alike.
 
     Args:
         student, teacher: Outputs for all V views, and for the Q = 2 global ones.
-        centers: (2, K) of the global and of the local teacher logits. boxes: (V, B, 5).
+        centers: (2, K), of the image head and of the patch head. boxes: (V, B, 5).
         grids: (rows, cols) of the patches, per size of view.
     """
-    pairs = 2 * (len(student.global_z) - 1)
-    loss_weight = 1 if matching == "none" else 0.5                  # the official DINO loss has no 1/2
-    options = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
-    global_loss = loss_weight / pairs * head_cross_entropy(student.global_z, student.global_weight, teacher.global_z,
-                                                           teacher.global_weight, centers[0], **options)
+    pairs = 2 * (len(student.image_z) - 1)          # each of the 2 teacher views with all views but itself
+    common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
+    image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
+                                    centers[0], **common) / pairs
     if matching == "none":
-        return global_loss, torch.zeros_like(global_loss)
+        return image_loss, image_loss, torch.zeros_like(image_loss)
     if matching == "geometric":
-        match_args = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids[:len(student.local_z)],
-                          teacher_grid=grids[0], hinge=hinge)
+        matches = dict(student_boxes=boxes, student_grid=grids[:len(student.patch_z)],
+                       teacher_boxes=boxes[:2], teacher_grid=grids[0], hinge=hinge)
     else:
-        match_args = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])   # (v, Q, B, N)
-                                 for features in student.features])
-    local_loss = loss_weight / pairs * head_cross_entropy(student.local_z, student.local_weight, teacher.local_z[0],
-                                                          teacher.local_weight, centers[1], **match_args, **options)
-    return global_loss, local_loss
+        matches = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])      # (v, Q, B, N)
+                              for features in student.features])
+    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
+                                    centers[1], **matches, **common) / pairs
+    return (image_loss + patch_loss) / 2, image_loss, patch_loss
 
-
-def teacher_means(teacher):
-    """(heads, D): the mean bottleneck of the teacher, for the global and (if there is one) the local head."""
-    return torch.stack([z.mean((0, 1, 2)) for z in (teacher.global_z, *teacher.local_z[:1])])
-
-
-def mean_logits(teacher, means):
-    """(heads, K): the teacher's mean logits, for the centres. The last layer is linear, so it may follow the mean."""
-    weights = (teacher.global_weight, teacher.local_weight)
-    return torch.stack([weight @ mean for weight, mean in zip(weights, means)])
+@torch.no_grad()
+def mean_logits(teacher):
+    """(heads, K): the teacher's mean logits over views, images and patches, for the centres. The last layer is linear,
+    so the mean is taken before it, where it is cheap."""
+    means = [teacher.image_weight @ teacher.image_z.mean((0, 1, 2))]
+    if teacher.patch_z:
+        means.append(teacher.patch_weight @ teacher.patch_z[0].mean((0, 1, 2)))
+    return torch.stack(means)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -448,14 +427,12 @@ def cosine(start, end, step, steps, warmup=0):
         return start * step / max(1, warmup - 1)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-
 def teacher_temp_at(epoch, cfg):
     """Linear from --warmup-teacher-temp to --teacher-temp in --warmup-teacher-temp-epochs, then constant."""
     if epoch >= cfg.warmup_teacher_temp_epochs:
         return cfg.teacher_temp
     progress = epoch / max(1, cfg.warmup_teacher_temp_epochs - 1)
     return cfg.warmup_teacher_temp + progress * (cfg.teacher_temp - cfg.warmup_teacher_temp)
-
 
 def clip_gradients(parameters, max_norm):
     """Scale the gradient of each parameter to at most max_norm (0: do not). Returns: their total norm, before."""
@@ -465,146 +442,165 @@ def clip_gradients(parameters, max_norm):
         torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1)))
     return norms.norm()
 
-
-def load_batch(batches, device, cfg, log):
-    """The next batch, on the device and augmented, or None. Returns: a list with one tensor (v, B, 3, S, S) per size of
-    view, boxes (V, B, 5), and the numbers of the images that could not be read."""
-    with record_function("data"):
-        began = time.perf_counter()
-        batch = next(batches, None)
-        log.sums["waiting"] += time.perf_counter() - began
-    if batch is None:
+def load_batch(batches, device, cfg):
+    """The next batch on the device, or None. Returns: the augmented views, a list with one tensor (v, B, 3, S, S) per
+    size; boxes (V, B, 5); the numbers of the images that could not be read; the seconds waited for the DataLoader."""
+    began = time.perf_counter()
+    views, unreadable = next(batches, (None, None))
+    waited = time.perf_counter() - began
+    if views is None:
         return None
-    with record_function("views"):
-        views = [Views(*(x.to(device, non_blocking=True) for x in part)) for part in batch[0]]
-        boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
-        return [augment(part, cfg.blur_sigma[1]) for part in views], boxes, [i for i in batch[1].tolist() if i >= 0]
-
-
-def async_to_host(x):
-    """Start copying x to the host. Returns: a function that waits for this copy, but not for work queued after it."""
-    if x.device.type != "cuda":
-        return x.tolist
-    host, copied = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
-    copied.record()
-    return lambda: copied.synchronize() or host.tolist()
-
+    views = [Views(*(field.to(device, non_blocking=True) for field in part)) for part in views]
+    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
+    unreadable = [i for i in unreadable.tolist() if i >= 0]
+    return [augment(part, cfg.blur_sigma[1]) for part in views], boxes, unreadable, waited
 
 def train(cfg):
-    """Train a student and its EMA teacher; under torchrun, as one of several processes. Returns the exit code."""
+    """Train a student and its EMA teacher; under torchrun, as one of several processes. Returns the exit code.
+
+    A resumed run ends with the same bits as an uninterrupted one, for one reason: every random draw is a function of
+    the seed and of what it is drawn for. The order of the images depends on seed and epoch, the views of an image on
+    seed, epoch and image, stochastic depth on seed, step and process. So a checkpoint holds no state of a random
+    generator. It holds the step, the networks, the optimizer and the centres.
+    """
     rank, world, device = start_processes(cfg)
     images = load_images(cfg.data, "train", cfg.data_fraction)
-    total_batch = cfg.batch_size * world
-    steps_per_epoch = len(images) // total_batch
+    if cfg.batch_size % world:
+        raise BadInput(f"--batch-size {cfg.batch_size} cannot be shared equally by {world} processes; the next size "
+                       f"that can is {math.ceil(cfg.batch_size / world) * world}")
+    steps_per_epoch = len(images) // cfg.batch_size
     if not steps_per_epoch:
-        raise BadInput(f"--batch-size {cfg.batch_size} x {world} processes: {cfg.data} has only {len(images)} images")
+        raise BadInput(f"--batch-size {cfg.batch_size}: {cfg.data} has only {len(images)} images")
     steps = cfg.epochs * steps_per_epoch
     stop_at = min(steps, cfg.max_steps or steps)
 
     torch.manual_seed(cfg.seed)
-    student, teacher = (Network(cfg, p).to(device, memory_format=torch.channels_last) for p in (cfg.drop_path, 0.0))
+    student = Network(cfg, cfg.drop_path).to(device, memory_format=torch.channels_last)
+    teacher = Network(cfg).to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
-        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    grids = grids_of(cfg)
-    centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
     parameters = [p for p in student.parameters() if p.requires_grad]
     last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "decay": 1},     # weights
                                    {"params": [p for p in parameters if p.ndim <= 1], "decay": 0}],   # biases, norms
                                   lr=0, weight_decay=0, fused=True)
-    precision = choose_precision(cfg, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    run = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
-    identity = dict(vars(cfg), images_per_step=total_batch, images=[len(images), images.checksum()])
-    start = restore(cfg, run, centers, identity)
+    # the compute dtype of the networks; weights, EMA teacher, loss and centres are float32 in any case
+    precision = cfg.precision
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
+    grids = [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in (cfg.global_size, cfg.local_size)]
+
+    modules = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
+    settings = dict(vars(cfg), images=[len(images), zlib.crc32(np.ascontiguousarray(images.items))])
+    start = resume(cfg, modules, centers, settings)
     if all_mean(torch.tensor(start, dtype=torch.float64, device=device)).item() != start:
         raise BadInput(f"--output {cfg.output}: the processes see different checkpoints; the folder must be shared")
-    knn = make_knn(cfg, rank, world, device)
+    loaded = f", weights from {initialise(cfg, student, teacher)}" if cfg.init_from and start == 0 else ""
+    if cfg.eval_every:
+        import eval_knn                                     # here, since it imports this file
+        labelled = eval_knn.labelled(cfg.data, cfg.data_fraction)
     if cfg.compile:
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
-        student.compile(), teacher.compile()
+        student.compile()
+        teacher.compile()
     ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
-    log = Log(cfg, rank, device, start, stop_at, total_batch, steps_per_epoch)
-    log.say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}; {images}: {steps} steps of "
-            f"{total_batch} images, from step {start}; output in {cfg.output}/")
+    log = Log(cfg, rank, start, stop_at)
+    log.say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}{loaded}; {len(images)} images "
+            f"of {images.root}: {steps} steps of {cfg.batch_size} images, from step {start}; output in {cfg.output}/")
     if cfg.preset == "paper" and device.type == "cpu":
-        log.say("no GPU found: --preset paper takes about 17 GiB and more than a minute per step; try --preset small")
-    loader = make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch)
-    if start >= stop_at:
-        log.say(f"nothing left to do: {start} steps are done, and --epochs or --max-steps asks for no more")
-    with stop_on_signal(world) as signals, profile(cfg, device, log, total_batch) as next_step:
-        batches = iter(loader)
-        batch, done, saved = load_batch(batches, device, cfg, log), start, True
-        for step in range(start, stop_at):
-            epoch = step // steps_per_epoch
-            lr = cosine(cfg.lr * total_batch / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-                group["weight_decay"] = group["decay"] * cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
-            momentum = cosine(cfg.teacher_momentum, 1, step, steps)
-            teacher_temp = teacher_temp_at(epoch, cfg)
-            # for stochastic depth: a resumed run draws the same
-            torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2 ** 62)))
+        log.say("no GPU found: --preset paper takes minutes per step; try --preset small")
+    signals = stop_on_signal(world)
+    batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
+    done = start
+    saved = True
+    sums = Counter()                                        # over the epoch, for the log
+    named = set()                                           # images that could not be read and were reported
+    began = time.perf_counter()                             # of the step
+    batch = load_batch(batches, device, cfg)
+    for step in range(start, stop_at):
+        epoch = step // steps_per_epoch
+        lr = cosine(cfg.lr * cfg.batch_size / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
+        weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group["decay"]
+        momentum = cosine(cfg.teacher_momentum, 1, step, steps)
+        teacher_temp = teacher_temp_at(epoch, cfg)
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2 ** 62)))     # stochastic depth
+        views, boxes, unreadable, waited = batch
 
-            views, boxes, unreadable = batch
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                with torch.no_grad(), record_function("teacher"):
-                    teacher_out = teacher(views[:1])
-                with record_function("student"):
-                    student_out = ddp(views)
-            with record_function("loss"):
-                global_loss, local_loss = distillation_loss(
-                    student_out, teacher_out, centers, boxes, grids, teacher_temp=teacher_temp, matching=cfg.matching,
-                    hinge=cfg.hinge, impl=cfg.impl)
-            with record_function("backward"):
-                optimizer.zero_grad()
-                scaler.scale(global_loss + local_loss).backward()
-            with record_function("update"):
-                scaler.unscale_(optimizer)
-                if epoch < cfg.freeze_last_layer:
-                    for p in last_layers:                   # after DDP has averaged the gradients, which it must
-                        p.grad = None
-                grad_norm = clip_gradients(parameters, cfg.clip_grad)
-                # one all-reduce for all else that the processes share; a NaN in one process becomes a NaN in all
-                means = teacher_means(teacher_out)
-                counts = torch.tensor([len(signals), len(unreadable)], dtype=torch.float32)
-                reduced = all_mean(torch.cat([global_loss.detach()[None], local_loss.detach()[None],
-                                              counts.to(device, non_blocking=True), means.flatten()]))
-                metrics = async_to_host(torch.cat([reduced[:4], reduced[4:].sum()[None], grad_norm[None]]))
-            batch = load_batch(batches, device, cfg, log)   # the GPU augments the next batch while we wait for metrics
-            with record_function("update"):
-                global_value, local_value, stop, unread, teacher_value, norm_value = metrics()      # waits for the GPU
-                for name, value in {"global loss": global_value, "local loss": local_value, "teacher": teacher_value,
-                                    "gradient": norm_value}.items():
-                    # with fp16, the scaler skips steps whose gradient is not finite
-                    if not math.isfinite(value) and not (name == "gradient" and scaler.is_enabled()):
-                        log.say(f"gld.py: stopped: the {name} is {value} at step {step}, lr {lr:.3g}; the last "
-                                "checkpoint is unchanged; a lower --lr may help", error=True)
-                        return 1
-                scaler.step(optimizer)
-                scaler.update()
-                with torch.no_grad():
-                    # the centres are an EMA of the mean teacher logits, over images, views, patches and processes
-                    centers.lerp_(mean_logits(teacher_out, reduced[4:].view_as(means)), 1 - CENTER_MOMENTUM)
-                    # the EMA teacher; its batch norm statistics (if any) are its own
-                    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+        # 1. both networks, one loss; the teacher sees the global views only
+        global_views, *_ = views
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                teacher_out = teacher([global_views])
+            student_out = ddp(views)
+        loss, image_loss, patch_loss = distillation_loss(
+            student_out, teacher_out, centers, boxes, grids, teacher_temp=teacher_temp, matching=cfg.matching,
+            hinge=cfg.hinge, impl=cfg.impl)
 
-            done = step + 1
-            epoch_ended = done % steps_per_epoch == 0
-            metrics = dict(loss_global=global_value, loss_local=local_value, grad_norm=norm_value)
-            if log.step(metrics, round(unread * world), [images.name(i) for i in unreadable]):
-                record = dict(epoch=epoch, lr=lr, **diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg))
-                if knn and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
-                    record["knn"] = knn(teacher.backbone)
-                log.report(record)
-            if (stop or done == stop_at or (epoch_ended and (epoch + 1) % cfg.save_every == 0)) and not cfg.profile:
-                saved = save(cfg, run, centers, done, identity, rank, log)
-            next_step()
-            if stop:
-                break
+        # 2. gradients: backward, where DDP averages them over the processes; then freeze and clip
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if epoch < cfg.freeze_last_layer:
+            for p in last_layers:
+                p.grad = None                               # the optimizer leaves these parameters alone
+        grad_norm = clip_gradients(parameters, cfg.clip_grad)
+
+        # 3. agree with the other processes before anything changes: all get the same means, so a NaN in one of them
+        # ends the run in all, and a signal to one of them stops all
+        new_centers = all_mean(mean_logits(teacher_out))
+        counts = torch.tensor([len(signals), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
+        shared = all_mean(torch.cat([image_loss.detach()[None], patch_loss.detach()[None], counts]))
+        numbers = torch.cat([shared, new_centers.sum()[None], grad_norm[None]])
+        # tolist() waits until the GPU has done all this; so load the next batch first, while the GPU is busy
+        batch = load_batch(batches, device, cfg)
+        image_value, patch_value, stop, unread, center_value, norm_value = numbers.tolist()
+        if scaler.is_enabled() and not math.isfinite(norm_value):
+            norm_value = 0.0                                # fp16: the scaler skips this step and lowers its scale
+        if not all(map(math.isfinite, (image_value, patch_value, center_value, norm_value))):
+            log.say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {image_value:.3g}, patch loss "
+                    f"{patch_value:.3g}, teacher {center_value:.3g}, gradient {norm_value:.3g}; the last checkpoint is "
+                    "unchanged; a lower --lr may help", file=sys.stderr)
+            return 1
+
+        # 4. update: the student, then the centres (used from the next step on), then the EMA teacher
+        scaler.step(optimizer)
+        scaler.update()
+        centers.lerp_(new_centers, 1 - CENTER_MOMENTUM)
+        with torch.no_grad():                               # the teacher's batch norm statistics are its own
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+        # 5. log, evaluate, save
+        done = step + 1
+        epoch_ended = done % steps_per_epoch == 0
+        for i in set(unreadable) - named:
+            print(f"cannot be read, replaced by another image: {images.name(i)}", flush=True)
+        named |= set(unreadable)
+        sums.update(steps=1, seconds=time.perf_counter() - began, waiting=waited, unreadable=round(unread * world),
+                    loss_image=image_value, loss_patch=patch_value, grad_norm=norm_value)
+        if sums["unreadable"] > max(1, steps_per_epoch * cfg.batch_size // 100):
+            raise BadInput(f"--data {cfg.data}: more than 1 % of the images of an epoch cannot be read")
+        if step == start or epoch_ended or done == stop_at or time.perf_counter() - log.reported > 30:
+            record = dict(epoch=epoch, step=done, lr=lr)
+            record |= diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg)
+            if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
+                record["knn"] = eval_knn.top1_of_20nn(teacher.backbone, labelled, cfg, device, rank, world)
+            log.report(record, sums, epoch_ended, run_ended=done == stop_at)
+        if stop or done == stop_at or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
+            saved = save(cfg, modules, centers, done, settings, rank, log)
+        if stop:
+            break
+        began = time.perf_counter()
+
     if not saved:
         return 1
     if done < stop_at:
@@ -619,10 +615,8 @@ def train(cfg):
 NAMED_SETS = ("shapes", "cifar10")
 STOPPED = 75                        # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
 
-
 class BadInput(Exception):
     """What the user has to change, in one line. `run_script` prints it and exits with code 2."""
-
 
 @contextlib.contextmanager
 def blame(what):
@@ -634,92 +628,69 @@ def blame(what):
     except Exception as error:                              # decoders and torch.load raise all kinds
         raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
-
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        close = difflib.get_close_matches(flag.replace("_", "-"), self._option_string_actions, 1)
-        raise BadInput(f"{message}; did you mean {close[0]}?" if flag.startswith("--") and close else message)
-
+    def error(self, message):                               # one line, without the usage of all flags
+        raise BadInput(message)
 
 def parse_arguments(argv=None):
     """Command line -> namespace in which every option is set, by the user or by the preset. Raises BadInput."""
-    def number_type(kind, low, high):
-        def number(text):
-            if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
-            return kind(text)
-        return number
-
-    parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=("small", "paper"), help="which defaults; small unless --data is a path")
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for flag, small, paper, allowed, text in options:
-            if isinstance(paper, bool):
-                kwargs = dict(action=argparse.BooleanOptionalAction)
-            elif isinstance(paper, str):
-                kwargs = dict(choices=allowed, metavar="NAME")
-            elif isinstance(paper, list):
-                kwargs = dict(type=number_type(float, *allowed), nargs=2, metavar=("LOW", "HIGH"))
-            else:
-                kwargs = dict(type=number_type(type(paper), *allowed), metavar="N" if isinstance(paper, int) else "X")
-            defaults = small if small == paper else f"small: {small}, paper: {paper}"
-            group.add_argument(f"--{flag}", default=small, help=f"{text} ({defaults})", **kwargs)
-    cfg = parser.parse_args(argv)
-    preset = cfg.preset or ("small" if cfg.data in NAMED_SETS else "paper")
-    if preset == "paper":
-        parser.set_defaults(**{flag.replace("-", "_"): paper
-                               for options in OPTIONS.values() for flag, _, paper, *_ in options})
-    parser.set_defaults(preset=preset)
-    cfg = parser.parse_args(argv)
+    for option in OPTIONS:
+        if isinstance(option.paper, bool):
+            kwargs = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(option.paper, str):
+            kwargs = dict(choices=option.allowed, metavar="NAME")
+        elif isinstance(option.paper, list):
+            kwargs = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+        else:
+            kwargs = dict(type=type(option.paper), metavar="N")
+        default = option.small if option.small == option.paper else f"small: {option.small}, paper: {option.paper}"
+        parser.add_argument(option.flag(), help=f"{option.meaning} ({default})", **kwargs)
+    given = vars(parser.parse_args(argv))                   # only what the user gave
+    preset = given.get("preset") or ("small" if given.get("data", "shapes") in NAMED_SETS else "paper")
+    defaults = {option.name: getattr(option, preset) for option in OPTIONS}
+    cfg = argparse.Namespace(**dict(preset=preset) | defaults | given)
+    check_arguments(cfg)
     if cfg.drop_path < 0:
         cfg.drop_path = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
     if cfg.eval_every < 0:
         cfg.eval_every = 1 if cfg.data == "shapes" else 0
-    if cfg.profile:
-        cfg.max_steps, cfg.resume, cfg.eval_every = PROFILE_WARMUP + cfg.profile + 1, False, 0
-
-    stride, radius = stride_of(cfg.arch, cfg.patch_size), math.ceil(3 * cfg.blur_sigma[1])
-    gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    folder = next(path for path in (Path(cfg.output), *Path(cfg.output).absolute().parents) if path.exists())
-    sizes = {"global-size": cfg.global_size} | ({"local-size": cfg.local_size} if cfg.local_views else {})
-    ranges = {"global-scale": cfg.global_scale, "local-scale": cfg.local_scale, "blur-sigma": cfg.blur_sigma}
-    problems = [(size % stride, f"--{flag} must be a multiple of {stride} for {cfg.arch}, got {size}")
-                for flag, size in sizes.items()]
-    problems += [(low > high, f"--{flag} must be LOW HIGH with LOW <= HIGH, got {low} {high}")
-                 for flag, (low, high) in ranges.items()]
-    problems += [
-        (radius >= min(sizes.values()), f"--blur-sigma {cfg.blur_sigma[1]:g}: the blur, {radius} pixels to each side, "
-                                        f"does not fit a view of {min(sizes.values())} pixels"),
-        (cfg.warmup_epochs > cfg.epochs, f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}"),
-        (not folder.is_dir() or not os.access(folder, os.W_OK), f"--output {cfg.output}: not a writable folder"),
-        (cfg.device == "cuda" and not gpu, "--device cuda: torch finds no CUDA GPU"),
-        (cfg.precision == "fp16" and not gpu, "--precision fp16 needs a CUDA GPU"),
-        (cfg.impl == "triton" and not gpu and os.getenv("TRITON_INTERPRET") != "1", "--impl triton needs a CUDA GPU"),
-    ]
-    for problem, message in problems:
-        if problem:
-            raise BadInput(message)
     return cfg
 
+def check_arguments(cfg):
+    """Raises BadInput for options out of range, or that do not fit each other or this machine."""
+    for option in OPTIONS:
+        values = np.atleast_1d(getattr(cfg, option.name))
+        if values.dtype.kind in "if":
+            low, high = option.allowed
+            if not low <= values[0] <= values[-1] <= high:  # NaN is refused, too
+                order = ", the lower value first" if len(values) > 1 else ""
+                raise BadInput(f"{option.flag()} must be from {low:g} to {high:g}{order}, got {values.tolist()}")
+    stride = stride_of(cfg.arch, cfg.patch_size)
+    sizes = [cfg.global_size, cfg.local_size] if cfg.local_views else [cfg.global_size]
+    gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    if any(size % stride for size in sizes):
+        raise BadInput(f"--global-size and --local-size must be multiples of {stride} for {cfg.arch}, got {sizes}")
+    if cfg.warmup_epochs > cfg.epochs:
+        raise BadInput(f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}")
+    triton = cfg.impl == "triton" and os.getenv("TRITON_INTERPRET") != "1"
+    if (cfg.device == "cuda" or cfg.precision == "fp16" or triton) and not gpu:
+        raise BadInput("--device cuda, --precision fp16 and --impl triton need a CUDA GPU, and torch finds none")
 
 def start_processes(cfg):
     """Join the other processes of torchrun, if there are any. Returns: rank, number of processes, device."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if world > 1 and missing:
-        raise BadInput(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} is not set; start with torchrun")
-    device = torch.device("cuda", local) if cfg.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise BadInput(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPUs")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return rank, world, device
-
 
 def all_mean(x):
     """Mean of a tensor over all processes, in place."""
@@ -728,190 +699,121 @@ def all_mean(x):
         x /= dist.get_world_size()
     return x
 
-
-def choose_precision(cfg, device):
-    """The compute dtype of the networks; weights, EMA teacher, loss and centres are float32 in any case."""
-    name = cfg.precision
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-
-
-@contextlib.contextmanager
 def stop_on_signal(world):
-    """Within this block, SIGTERM, SIGHUP and Ctrl-C ask for a stop after the current step. Yields: a list, empty until
-    a signal comes. A second Ctrl-C quits now, unless under torchrun, which passes each Ctrl-C on a second time."""
-    received, previous = [], {}
+    """From now on, SIGTERM and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one comes.
+    With one process, a second one ends the program at once. (torchrun passes each Ctrl-C on a second time.)"""
+    received = []
 
     def request(number, frame):
-        if number == signal.SIGINT and received and world == 1:
-            raise KeyboardInterrupt
-        if not received and world == 1:
-            os.write(2, b"stopping after this step; Ctrl-C again quits now\n")  # print is not safe in a signal handler
         received.append(number)
+        if world == 1:
+            os.write(2, b"stopping after this step; Ctrl-C again quits now\n")  # print is not safe in a signal handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with contextlib.suppress(ValueError):                   # only the main thread may set handlers
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) not in (signal.SIG_IGN, request):       # nohup ignores SIGHUP: leave it so
-                previous[number] = signal.signal(number, request)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-WORKER_GRACE = 30                   # seconds
-
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)
+    return received
 
 def ignore_signals(worker):
-    """In a DataLoader worker: a signal to the whole job is for the main process; the worker goes on for WORKER_GRACE.
-
-    It may not ignore SIGTERM for ever: with it, Python ends the workers that are left when a program exits.
-    """
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):                           # Windows has neither SIGHUP nor SIGALRM
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
+    """In a DataLoader worker: a signal to the whole job is for the main process, which needs this worker for the rest
+    of the step. The worker may not ignore SIGTERM for ever, since Python uses it to end workers. So it goes on for 30
+    seconds; then the alarm ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 # ------------------------------------------------------------------------------------------------ images
 
 IMAGE_SUFFIXES = tuple(b".jpg .jpeg .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
 
-
-def decode(data):
-    """An image file's bytes -> (3, H, W) uint8 RGB, rotated as its EXIF says. Raises OSError and others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # remarks on odd but readable files
-        image = Image.open(io.BytesIO(data))                # reads the header only
-        if image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L"):      # torchvision is faster than Pillow
-            encoded, rgb = torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB
-            decoded = torchvision.io.decode_image(encoded, rgb, apply_exif_orientation=True)
-            if decoded.dtype == torch.uint8:
-                return decoded
-        image = ImageOps.exif_transpose(image)              # CMYK, palettes, WebP, 16 bits, transparency
+def decode(path):
+    """An image file -> (3, H, W) uint8 RGB, rotated as its EXIF says. Raises OSError and others."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                      # 16 bits: convert("RGB") would clip, not scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-
-@functools.cache
-def open_archive(path):
-    return os.open(path, os.O_RDONLY)
-
-
 @dataclass
 class Images:
-    """A labelled set of images: pixels in memory, or files in a folder or .tar.
+    """A labelled set of images: pixels in memory, or files in a folder.
 
     File names are one array of bytes. As a list of a million str, every DataLoader worker would get its own copy.
     """
     items: np.ndarray                                       # (n, H, W, 3) uint8, or (n,) file names
     labels: np.ndarray                                      # (n,)
-    root: str                                               # the folder, the .tar, or the name of the set
+    root: str                                               # the folder, or the name of the set
     classes: np.ndarray = None                              # names of the class folders
-    spans: np.ndarray = None                                # (n, 2) int64: offset and size of each file in the .tar
 
     def __len__(self):
         return len(self.labels)
 
-    def __str__(self):
-        return f"{len(self):,} images in {len(np.unique(self.labels))} classes of {self.root}"
-
     def name(self, i):
         return os.path.join(self.root, os.fsdecode(self.items[i]) if self.items.ndim == 1 else f"image {i}")
 
-    def checksum(self):
-        """Of the pixels, or of the file names."""
-        return zlib.crc32(np.ascontiguousarray(self.items))
-
     def read(self, i):
         """(3, H, W) uint8. Raises OSError and others if the file cannot be read or is not an image."""
-        if self.items.ndim > 1:
-            return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        if self.spans is not None:
-            offset, size = self.spans[i].tolist()
-            return decode(os.pread(open_archive(self.root), size, offset))
-        return decode(Path(self.name(i)).read_bytes())
-
-
-def list_files(root):
-    """All files of a folder or of an uncompressed .tar (not unpacked): [(name, offset, size)]. Raises BadInput."""
-    found, seen = [], set()
-    if root.is_dir():
-        for folder, folders, names in os.walk(root, followlinks=True):
-            if os.path.realpath(folder) in seen:            # a symbolic link to a folder that is listed already
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            found += [(os.fsencode(os.path.relpath(os.path.join(folder, name), root)), 0, 0) for name in names]
-        return found
-    hint = " (gunzip it first)" if root.suffix in (".gz", ".tgz") else ""
-    with blame(f"--data {root}: not an uncompressed tar, or truncated{hint}"), tarfile.open(root, "r:") as archive:
-        for member in archive:
-            archive.members.clear()                         # it would keep all of them, a kilobyte each
-            if member.isreg() and not member.issparse():
-                found.append((os.fsencode(member.name), member.offset_data, member.size))
-    return found
-
+        return decode(self.name(i)) if self.items.ndim == 1 else torch.from_numpy(self.items[i]).permute(2, 0, 1)
 
 def load_images(data, split, fraction=1.0, must_split=False):
-    """The `Images` of --data: a name, or a folder or .tar, of which only `split`/ is used if it exists.
-
-    Raises BadInput; with must_split also if there is no such part.
-    """
+    """The `Images` of --data: a built-in set, or a folder, of which only `split`/ is used if it exists (or must)."""
     if data == "shapes":
         images = Images(*draw_shapes(2400 if split == "train" else 1200, seed=("train", "val").index(split)), data)
     elif data == "cifar10":
         with blame("--data cifar10: not in ./data, and the download failed"), contextlib.redirect_stdout(sys.stderr):
             found = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
         images = Images(found.data, np.array(found.targets), data)
-    elif Path(data).exists():
-        images = load_files(Path(data), split, must_split)
     else:
-        raise BadInput(f"--data {data}: not found; built-in datasets: {', '.join(NAMED_SETS)}")
+        images = load_folder(data, split, must_split)
     if fraction < 1:
         rng = np.random.default_rng(0)
         classes = [rng.permutation(np.flatnonzero(images.labels == c)) for c in np.unique(images.labels)]
         keep = np.sort(np.concatenate([c[:math.ceil(fraction * len(c))] for c in classes]))
-        images = replace(images, items=images.items[keep], labels=images.labels[keep],
-                         spans=None if images.spans is None else images.spans[keep])
+        images = replace(images, items=images.items[keep], labels=images.labels[keep])
     return images
 
-
-def load_files(root, split, must_split):
-    """`load_images` for a folder, a .tar or a single image file."""
+def load_folder(data, split, must_split):
+    """`load_images` for a folder. The label of a file is the first folder of its path. Names with a dot first are
+    skipped. Raises BadInput, also where a folder of validation images would be trained on."""
+    root = Path(data)
+    if not root.is_dir():
+        hint = "not a folder; unpack it first" if root.exists() else "not found"
+        raise BadInput(f"--data {data}: {hint}; built-in datasets: {', '.join(NAMED_SETS)}")
     if (root / split).is_dir():
-        root, top, has_split = root / split, b"", True
-        files = list_files(root)
-    else:
-        is_image = root.suffix.lower().encode() in IMAGE_SUFFIXES
-        files = [(os.fsencode(root.name), 0, 0)] if is_image else list_files(root)
-        root = root.parent if is_image else root
-        top = os.path.commonprefix([name for name, _, _ in (min(files), max(files))] if files else [b""])
-        top = b"" if root.is_dir() else top[:top.rfind(b"/") + 1]               # of a .tar: a folder that holds all
-        part = top + split.encode() + b"/"
-        has_split = any(name.startswith(part) for name, _, _ in files)
-        top = part if has_split else top
-    if must_split and not has_split:
-        raise BadInput(f"--data {root}: must hold train/ and val/, or be one of {', '.join(NAMED_SETS)}")
-    files = sorted(file for file in files if file[0].startswith(top) and file[0].lower().endswith(IMAGE_SUFFIXES)
-                   and b"/." not in b"/" + file[0].removeprefix(b"./"))         # no hidden files and folders
-    if not files:
-        raise BadInput(f"--data {root}: no images ({b' '.join(IMAGE_SUFFIXES).decode()}) in it")
-    names, *spans = zip(*files)
-    for folder in {os.path.dirname(name[len(top):] if has_split else name) for name in names}:
-        for word in os.fsdecode(folder).split("/"):
-            if split == "train" and word.lower() in ("train", "val", "valid", "validation", "test"):
-                raise BadInput(f"--data {root}: would also train on the folder {os.fsdecode(folder)!r}; give a folder "
-                               "that holds train/ and val/, or the folder of training images itself")
-    classes = [name[len(top):].rpartition(b"/")[0].partition(b"/")[0] for name in names]    # first folder, or none
-    classes, labels = np.unique(classes, return_inverse=True)
-    return Images(np.array(names), labels, str(root), classes, None if root.is_dir() else np.array(spans).T)
+        root = root / split
+    elif must_split:
+        raise BadInput(f"--data {data}: must hold train/ and val/, or be one of {', '.join(NAMED_SETS)}")
+    names = []
+    for folder, folders, files in os.walk(os.fsencode(root), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        names += [os.path.relpath(os.path.join(folder, name), os.fsencode(root)) for name in files
+                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(b".")]
+        mixed = {b"train", b"val", b"valid", b"validation", b"test"} & {name.lower() for name in folders}
+        if split == "train" and mixed:
+            raise BadInput(f"--data {data}: would also train on {os.fsdecode(min(mixed))}/; give a folder that holds "
+                           "train/ and val/, or the folder of training images itself")
+    if not names:
+        raise BadInput(f"--data {data}: no images ({b' '.join(IMAGE_SUFFIXES).decode()}) in it")
+    names.sort()
+    classes, labels = np.unique([os.path.dirname(name).split(b"/")[0] for name in names], return_inverse=True)
+    return Images(np.array(names), labels, str(root), classes)
 
+# the shape that tiles the plane: is the point inside? u and v run from -1 to 1 within one tile
+SHAPES = {
+    "disks": lambda u, v: np.hypot(u, v) < 0.7,
+    "rings": lambda u, v: (np.hypot(u, v) > 0.45) & (np.hypot(u, v) < 0.85),
+    "squares": lambda u, v: np.maximum(abs(u), abs(v)) < 0.6,
+    "frames": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.68) < 0.18,
+    "triangles": lambda u, v: np.maximum(v, 0.87 * abs(u) - v / 2) < 0.45,
+    "lattice": lambda u, v: np.minimum(abs(u), abs(v)) < 0.22,
+    "rows": lambda u, v: abs(v) < 0.4,
+    "columns": lambda u, v: abs(u) < 0.4,
+    "crosses": lambda u, v: abs(abs(u) - abs(v)) < 0.25,
+    "diamonds": lambda u, v: abs(u) + abs(v) < 0.75,
+    "chess": lambda u, v: (u > 0) == (v > 0),
+    "zigzags": lambda u, v: abs(v - abs(u) + 0.4) < 0.3,
+}
 
 def draw_shapes(n, seed, size=48):
     """The built-in dataset: images (n, size, size, 3) uint8 and labels (n,) of 12 classes.
@@ -919,29 +821,21 @@ def draw_shapes(n, seed, size=48):
     The class is the shape that tiles the image. Position, scale, rotation, colours (slow gradients) and which of shape
     and background is lighter are random, so that no single pixel tells the class.
     """
-    shapes = (                                              # of a = |u|, b = |v|, u, v in [-1, 1]; r from the centre
-        lambda u, v, a, b, r: r < 0.7, lambda u, v, a, b, r: (r > 0.45) & (r < 0.85),                   # disks, rings
-        lambda u, v, a, b, r: np.maximum(a, b) < 0.6,                                                   # squares
-        lambda u, v, a, b, r: abs(np.maximum(a, b) - 0.68) < 0.18,                                      # frames
-        lambda u, v, a, b, r: np.maximum(v, 0.87 * a - v / 2) < 0.45,                                   # triangles
-        lambda u, v, a, b, r: np.minimum(a, b) < 0.22,                                                  # a lattice
-        lambda u, v, a, b, r: b < 0.4, lambda u, v, a, b, r: a < 0.4,                                   # stripes
-        lambda u, v, a, b, r: abs(a - b) < 0.25, lambda u, v, a, b, r: a + b < 0.75,               # crosses, diamonds
-        lambda u, v, a, b, r: (u > 0) == (v > 0), lambda u, v, a, b, r: abs(v - a + 0.4) < 0.3,         # chess, zigzags
-    )
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
+    # colours run between four corners: the share of each corner, (size, size, 4)
     blend = np.stack([y * x, y * (size - x), (size - y) * x, (size - y) * (size - x)], -1) / size ** 2
-    images, labels = np.empty((n, size, size, 3), np.uint8), np.arange(n) % len(shapes)
+    images = np.empty((n, size, size, 3), np.uint8)
+    labels = np.arange(n) % len(SHAPES)
     for image, label in zip(images, labels):
         pitch, angle, shift = rng.uniform(7, 16), rng.uniform(-0.6, 0.6), rng.uniform(0, 2, 2)
         u = (2 * (x * np.cos(angle) + y * np.sin(angle)) / pitch + shift[0]) % 2 - 1
         v = (2 * (y * np.cos(angle) - x * np.sin(angle)) / pitch + shift[1]) % 2 - 1
-        dark, light = blend @ rng.uniform(0, 0.5, (4, 3)), blend @ rng.uniform(0.5, 1, (4, 3))  # between four corners
-        inside = shapes[label](u, v, abs(u), abs(v), np.hypot(u, v)) ^ (rng.uniform() < 0.5)
+        dark = blend @ rng.uniform(0, 0.5, (4, 3))
+        light = blend @ rng.uniform(0.5, 1, (4, 3))
+        inside = list(SHAPES.values())[label](u, v) ^ (rng.uniform() < 0.5)     # sometimes inverted
         image[:] = (255 * np.where(inside[..., None], light, dark) + rng.normal(0, 12, image.shape)).clip(0, 255)
     return images, labels
-
 
 class ViewDataset(torch.utils.data.Dataset):
     """(epoch, i) -> `crop_views` of image i, and -1. If image i cannot be read: those of another image, and i.
@@ -956,31 +850,31 @@ class ViewDataset(torch.utils.data.Dataset):
         epoch, i = key
         rng = np.random.default_rng((self.cfg.seed, epoch, i))
         seed = int(rng.integers(2 ** 62))
-        for attempt in (i, *rng.integers(len(self.images), size=100).tolist()):
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)   # if all attempts fail, `train` ends the run
+        for attempt in (i, *rng.integers(len(self.images), size=20).tolist()):
             with contextlib.suppress(Exception):            # decoders raise all kinds of errors for broken files
                 image = self.images.read(attempt)
                 break
-        else:
-            raise BadInput(f"--data: 100 files in a row cannot be read, the first is {self.images.name(i)}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)       # torch.manual_seed would initialise the GPU
             return crop_views(image, self.cfg), -1 if attempt == i else i
 
-
 def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
     """Batches of this process for these steps. All processes together get the same images however many they are."""
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return np.random.default_rng((cfg.seed, epoch)).permutation(len(images))
+
     def keys():
-        order, ordered = None, -1
+        share = cfg.batch_size // world
         for step in steps:
             epoch, position = divmod(step, steps_per_epoch)
-            if epoch != ordered:
-                order, ordered = np.random.default_rng((cfg.seed, epoch)).permutation(len(images)), epoch
-            first = (position * world + rank) * cfg.batch_size
-            yield [(epoch, i) for i in order[first:first + cfg.batch_size].tolist()]
+            first = position * cfg.batch_size + rank * share
+            yield [(epoch, i) for i in order(epoch)[first:first + share].tolist()]
 
-    pin = cfg.device != "cpu" and torch.cuda.is_available()
     return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
-                                       pin_memory=pin, worker_init_fn=ignore_signals)
+                                       pin_memory=cfg.device != "cpu" and torch.cuda.is_available(),
+                                       worker_init_fn=ignore_signals)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -998,71 +892,80 @@ def load_file(path, flag):
         raise BadInput(f"{flag} {path}: damaged, not a checkpoint, or one that would run code when loaded")
     return content
 
+def resume(cfg, modules, centers, settings):
+    """Load OUTPUT/checkpoint.pt, if it exists. Returns: the first step to do.
 
-def restore(cfg, run, centers, identity):
-    """Resume from OUTPUT/checkpoint.pt, or initialise from --init-from, or do nothing. Returns: the first step to do.
-
-    identity: the options and the images. A resumed run must have the same, or its results would differ; but options of
-    the group "run" may differ (by rounding they can change results). Raises BadInput.
+    settings: the options, and a checksum of the images. Only the options marked as resumable may differ from those of
+    the checkpoint; else the results would. Raises BadInput.
     """
     path = Path(cfg.output, "checkpoint.pt")
-    resume = cfg.resume and path.exists()
-    if not resume and not cfg.init_from:
+    if not cfg.resume or not path.exists():
         return 0
-    path, flag = (path, "--output") if resume else (cfg.init_from, "--init-from")
-    saved = load_file(path, flag)
-    before = saved.get("options")
-    if not isinstance(before, dict) or not {*run, "centers", "step"} <= saved.keys():
-        raise BadInput(f"{flag} {path}: was not written by gld.py" + "; give another, or --no-resume" * resume)
-    if resume:
-        new_run = "to start a new run, give another --output or --no-resume"
-        if before.get("images") != identity["images"]:
-            raise BadInput(f"--data {cfg.data}: not the images that {path} was trained on ({before.get('data')}); "
-                           + new_run)
-        free = {flag.replace("-", "_") for group, options in OPTIONS.items() for flag, *_ in options if "run" in group}
-        names = [name for name in ("preset", *identity) if name not in free | {"data", "batch_size"}]
-    else:
-        new_run, names = "both must be the same", ("arch", "matching", "out_dim", "head_hidden", "head_bottleneck")
-    for name in names:
-        if before.get(name) != identity[name]:
-            flag = "--batch-size x processes" if name == "images_per_step" else "--" + name.replace("_", "-")
-            longer = f"to train longer, use --init-from {path} and another --output; " if name == "epochs" else ""
-            raise BadInput(f"{flag}: {identity[name]} here, but {path} was made with {before.get(name)}; "
-                           + longer + new_run)
-    for name in run if resume else ("student", "teacher"):
-        if saved[name]:                                     # the gradient scaler has no state unless fp16 is used
-            with blame(f"{path}, {name}"):
-                run[name].load_state_dict(saved[name])
-    if resume:
-        centers.copy_(saved["centers"])
-    return saved["step"] if resume else 0
+    content = load_file(path, "--output")
+    before = content.get("options", {})
+    new_run = "to start a new run, give another --output or --no-resume"
+    if before.get("images") != settings["images"]:
+        raise BadInput(f"--data {cfg.data}: not the images of {path} ({before.get('data')}); {new_run}")
+    free = {option.name for option in OPTIONS if option.resumable} | {"data"}
+    for name in settings:
+        if name not in free and before.get(name) != settings[name]:
+            raise BadInput(f"--{name.replace('_', '-')}: {settings[name]} here, but {path} was made with "
+                           f"{before.get(name)}; {new_run}" + f", and --init-from {path}" * (name == "epochs"))
+    with blame(f"--output {path}: was not written by this gld.py"):
+        for name, module in modules.items():
+            if content[name]:                               # the gradient scaler has no state unless fp16 is used
+                module.load_state_dict(content[name])
+        centers.copy_(content["centers"])
+        return content["step"]
 
+def initialise(cfg, student, teacher):
+    """--init-from: both backbones from any file that eval_knn.py reads, strictly; the heads only from a checkpoint of
+    gld.py, if they fit. Returns: what was loaded, for the log. Raises BadInput."""
+    import eval_knn                                         # here, since it imports this file
+    content = load_file(cfg.init_from, "--init-from")
+    for name, network in (("student", student), ("teacher", teacher)):
+        backbone, *_ = eval_knn.load_backbone(cfg.init_from, name, "--init-from")
+        state = backbone.net.state_dict()
+        if "encoder.pos_embedding" in state:
+            side = cfg.global_size // cfg.patch_size
+            state["encoder.pos_embedding"] = backbone.position_embedding(side, side)
+        with blame(f"--init-from {cfg.init_from}: a {backbone.arch} does not fit --arch {cfg.arch} or --patch-size"):
+            network.backbone.net.load_state_dict(state)
+        heads = {key: x for key, x in content.get(name, {}).items() if "_head." in key}
+        own = {key: x for key, x in network.state_dict().items() if "_head." in key}
+        fit = {key: x.shape for key, x in heads.items()} == {key: x.shape for key, x in own.items()}
+        if fit:
+            network.load_state_dict(heads, strict=False)
+    return f"{cfg.init_from} ({'with its heads' if fit else 'backbone only, new heads'})"
 
-def save(cfg, run, centers, step, identity, rank, log):
-    """Write checkpoint.pt and backbone.pt. A new file replaces the old one only when it is complete and on disk.
-
-    Returns, on all processes: whether that worked. If not (the disk is full, say), training can go on.
-    """
-    failed = torch.zeros(1, device=centers.device)
-    temporary, contents = Path(cfg.output, "checkpoint.tmp"), {}
-    if rank == 0:
-        state = {name: part.state_dict() for name, part in run.items()}
-        contents["checkpoint.pt"] = state | dict(centers=centers, step=step, options=identity)
-        contents["backbone.pt"] = {name: x.cpu() for name, x in run["teacher"].backbone.net.state_dict().items()}
+def replace_file(path, write):
+    """Replace a file by what write(file) writes, but only when that is complete and on disk. Raises OSError."""
+    temporary = path.with_suffix(".tmp")
     try:
-        for name, content in contents.items():
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def save(cfg, modules, centers, step, settings, rank, log):
+    """Write checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked. If not (the disk is full,
+    say), training can go on."""
+    failed = torch.zeros(1, device=centers.device)
+    if rank == 0:
+        content = {name: module.state_dict() for name, module in modules.items()}
+        content |= dict(centers=centers, step=step, options=settings)
+        backbone = {name: x.cpu() for name, x in modules["teacher"].backbone.net.state_dict().items()}
+        try:
             os.makedirs(cfg.output, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, Path(cfg.output, name))
-    except (OSError, RuntimeError) as error:                # torch reports a full disk by a RuntimeError
-        log.say(f"gld.py: cannot write {cfg.output}/{name} at step {step} ({' '.join(str(error).split())[:100]}); the "
-                "previous file is kept, and the next save tries again", error=True)
-        failed += 1
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+            replace_file(Path(cfg.output, "checkpoint.pt"), functools.partial(torch.save, content))
+            replace_file(Path(cfg.output, "backbone.pt"), functools.partial(torch.save, backbone))
+        except (OSError, RuntimeError) as error:            # torch reports a full disk by a RuntimeError
+            log.say(f"gld.py: cannot write {cfg.output}/ at step {step} ({' '.join(str(error).split())[:100]}); the "
+                    "previous file is kept, and the next save tries again", file=sys.stderr)
+            failed += 1
     return not all_mean(failed).item()
 
 
@@ -1070,192 +973,100 @@ def save(cfg, run, centers, step, identity, rank, log):
 
 @torch.no_grad()
 def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
-    """Metrics that tell a healthy run from a collapsed one."""
-    log_p = F.log_softmax((teacher.global_z @ teacher.global_weight.T - centers[0]) / teacher_temp, dim=-1)
-    matched = float(cfg.matching == "similarity")
-    if cfg.matching == "geometric":
-        weights = [geometric_matches(boxes[:2].flip(0), boxes[:2], grids[0], grids[0], cfg.hinge)[1],
-                   geometric_matches(boxes[2:, None], boxes[None, :2], grids[1], grids[0], cfg.hinge)[1]]
-        matched = torch.cat([w.flatten() for w in weights]).mean().item()
+    """Measures that tell a healthy run from a collapsed one."""
+    logits = teacher.image_z @ teacher.image_weight.T - centers[0]
+    log_p = F.log_softmax(logits / teacher_temp, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
-    z = teacher.global_z.flatten(0, 2)                                                      # (Q*B, D), unit length
+    z = teacher.image_z.flatten(0, 2)                                                       # (Q*B, D), unit length
     spread = 1 - z.mean(0).square().sum().item()            # the variance of z: 0 if all images give the same
+    matched = float(cfg.matching == "similarity")           # the share of patches that are not masked
+    if cfg.matching == "geometric":
+        large, small = boxes[:2], boxes[2:]
+        weights = [geometric_matches(large.flip(0), large, grids[0], grids[0], cfg.hinge)[1],
+                   geometric_matches(small[:, None], large[None], grids[1], grids[0], cfg.hinge)[1]]
+        matched = torch.cat([w.flatten() for w in weights]).mean().item()
     return dict(matched=matched, entropy=entropy, center_norm=centers[0].norm().item(), spread=spread)
 
-
-def make_knn(cfg, rank, world, device):
-    """--eval-every: a function backbone -> 20-NN top-1 accuracy on the val part of --data, percent. Else None."""
-    if not cfg.eval_every:
-        return None
-    import eval_knn                                         # here, since it imports this file
-    parts, labels = eval_knn.labelled(cfg.data, cfg.data_fraction)
-    labels = [torch.as_tensor(y, device=device) for y in labels]
-
-    def knn(backbone):
-        backbone.eval()                                     # all processes extract features, process 0 compares them
-        train, val = (eval_knn.extract(lambda x: backbone(x)[0], part, cfg.global_size, cfg, device, rank, world)
-                      for part in parts)
-        backbone.train()
-        return None if rank else eval_knn.knn(train, labels[0], val, labels[1], [20], 0.07)[20][0]
-
-    return knn
-
+def signs_of_collapse(records, cfg, run_ended):
+    """What in the records of the log (one per epoch) looks like a collapse, in words; "" if nothing does."""
+    last = records[-1]
+    highest = math.log(cfg.out_dim)
+    healthy = 0.01 * highest <= last["entropy"] <= 0.99 * highest and last["spread"] > 1e-3
+    if not healthy and last["epoch"] >= cfg.warmup_epochs:
+        return (f"WARNING: looks collapsed: the teacher's entropy is {last['entropy']:.2f} (ln K = {highest:.2f}), the "
+                f"variance of its outputs {last['spread']:.4f}; try a lower --lr, or a smaller --batch-size")
+    knn = [record["knn"] for record in records if record.get("knn") is not None]
+    if run_ended and knn and knn[-1] < knn[0]:
+        return f"WARNING: the features got worse: 20-NN fell from {knn[0]:.1f} to {knn[-1]:.1f} %; try a lower --lr"
+    return ""
 
 class Log:
-    """Messages, a progress line, and log.jsonl with one object per epoch. Only process 0 writes."""
+    """Messages, and log.jsonl with one record per epoch. Only process 0 writes."""
 
-    def __init__(self, cfg, rank, device, start, stop_at, total_batch, steps_per_epoch):
-        self.cfg, self.rank, self.device, self.done, self.stop_at = cfg, rank, device, start, stop_at
-        self.total_batch, self.steps_per_epoch = total_batch, steps_per_epoch
-        self.sums, self.named = Counter(), set()            # over the epoch; of images that could not be read
-        self.began, self.last_report = time.perf_counter(), -math.inf           # of the epoch; so the first is due
-        self.clear = "\r\033[K" if sys.stdout.isatty() else ""                  # to rewrite the line on a terminal
-        if rank == 0 and not cfg.profile:
-            self.open(start)
+    def __init__(self, cfg, rank, start, stop_at):
+        self.cfg, self.rank, self.stop_at = cfg, rank, stop_at
+        self.path = Path(cfg.output, "log.jsonl")
+        self.reported = time.perf_counter()                 # the last time
+        self.records = []
+        with blame(f"--output {cfg.output}"):
+            os.makedirs(cfg.output, exist_ok=True)
+            if self.path.exists():                          # keep the records of the steps that are not done again
+                records = map(json.loads, self.path.read_text().splitlines())
+                self.records = [record for record in records if record["step"] <= start]
 
-    def open(self, start=math.inf):
-        """Open log.jsonl, lock it against a second run, and remove the lines of steps that will be done again."""
-        with blame(f"--output {self.cfg.output}: not writable, or in use by another run"):
-            os.makedirs(self.cfg.output, exist_ok=True)
-            self.file = open(Path(self.cfg.output, "log.jsonl"), "a+")
-            if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.file.seek(0)
-            kept = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= start]
-            self.file.truncate(0)
-            self.file.writelines(kept)
-            self.file.flush()
+    def say(self, message, file=None):
+        if self.rank == 0 and message:
+            print(message, file=file, flush=True)
 
-    def say(self, message, error=False, end="\n", all_processes=False):
-        """print. If the reader of a pipe has gone (`| head`), output is dropped from then on, and the run goes on."""
-        file = sys.stderr if error else sys.stdout
-        try:
-            if self.rank == 0 or all_processes:
-                print(self.clear + message, file=file, end=end, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-    def step(self, metrics, unread, names):
-        """Count a step in which all processes together could not read `unread` images, this one those with these names.
-
-        Returns: whether to report, which is so after the first step, at the end of an epoch, and from time to time.
-        """
-        cfg, sums = self.cfg, self.sums
-        self.done += 1
-        for name in set(names) - self.named:
-            self.say(f"cannot be read, replaced by another image: {name}", all_processes=True)
-        self.named.update(names)
-        sums.update({name: value for name, value in metrics.items() if math.isfinite(value)}, unread=unread, steps=1)
-        if sums["unread"] > max(1, self.steps_per_epoch * self.total_batch // 100):
-            raise BadInput(f"--data {cfg.data}: {sums['unread']} images of one epoch cannot be read, more than 1 %")
-        self.ended = self.done % self.steps_per_epoch == 0 or self.done == self.stop_at
-        self.now, pause = time.perf_counter(), 0.5 if self.clear else 30
-        return self.ended or self.rank == 0 and self.now - self.last_report > pause
-
-    def report(self, record):
-        """Print the record and the means over the epoch so far; at the end of an epoch, write them to log.jsonl."""
-        cfg, sums = self.cfg, self.sums
-        self.last_report, seconds = self.now, self.now - self.began
-        speed = sums["steps"] * self.total_batch / seconds
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-            if resource else math.nan)
-        means = {name: sums[name] / sums["steps"] for name in ("loss_global", "loss_local", "grad_norm")}
-        record = dict(record, **means, step=self.done, images_per_second=speed, waiting=sums["waiting"] / seconds,
-                      unreadable=sums["unread"], peak_gib=peak / 2 ** 30)
-        record["kl"] = record["loss_global"] * (1 if cfg.matching == "none" else 2) - record["entropy"]
-        line = ("epoch {epoch} step {step} | loss global {loss_global:.3f} local {loss_local:.3f} "
-                "matched {matched:.0%} entropy {entropy:.2f} lr {lr:.1e} | {images_per_second:.0f} images/s, "
-                "{waiting:.0%} waiting for data, {peak_gib:.1f} GiB").format(**record)
-        left = timedelta(seconds=int((self.stop_at - self.done) * self.total_batch / speed))
-        knn = f", 20-NN {record['knn']:.1f} %" if record.get("knn") is not None else ""
-        self.say(f"{line}{knn}, {left} left", end="\n" if self.ended or not self.clear else "")
-        if not self.ended:
+    def report(self, record, sums, epoch_ended, run_ended):
+        """Print the record and the means over the epoch so far; at its end or the run's, add them to log.jsonl."""
+        self.reported = time.perf_counter()
+        speed = sums["steps"] * self.cfg.batch_size / sums["seconds"]
+        record |= {name: sums[name] / sums["steps"] for name in ("loss_image", "loss_patch", "grad_norm")}
+        record |= dict(images_per_second=speed, waiting=sums["waiting"] / sums["seconds"],
+                       unreadable=sums["unreadable"], gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+        left = timedelta(seconds=int((self.stop_at - record["step"]) * self.cfg.batch_size / speed))
+        knn = f"20-NN {record['knn']:.1f} %, " if record.get("knn") is not None else ""
+        self.say("epoch {epoch} step {step} | loss image {loss_image:.3f} patch {loss_patch:.3f} matched {matched:.0%} "
+                 "entropy {entropy:.2f} lr {lr:.1e} | {knn_text}{images_per_second:.0f} images/s, {waiting:.0%} "
+                 "waiting for data, GPU {gpu_gib:.1f} GiB, {left} left".format(**record, knn_text=knn, left=left))
+        if not epoch_ended and not run_ended:
             return
-        self.began = time.perf_counter()
         sums.clear()
-        if self.rank > 0 or cfg.profile:
-            return
-        try:
-            if not Path(self.file.name).exists():           # somebody removed the folder
-                self.open()
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        except OSError as error:
-            self.say(f"gld.py: cannot write to log.jsonl ({error.strerror}); training goes on", error=True)
-        highest = math.log(cfg.out_dim)
-        if record["epoch"] >= cfg.warmup_epochs and not record["spread"] > 1e-3 < record["entropy"] < 0.999 * highest:
-            self.say(f"looks collapsed: teacher entropy {record['entropy']:.3f} (maximum {highest:.3f}), variance of "
-                     f"features {record['spread']:.4f}; try a lower --lr or --teacher-temp, or --norm-last-layer")
-        if record["waiting"] > 0.2:
-            self.say(f"{record['waiting']:.0%} of the time was spent waiting for data: try more --workers (now "
-                     f"{cfg.workers}) or smaller images; --profile 50 shows the time per phase")
-
-
-PHASES, PROFILE_WARMUP = ("data", "views", "teacher", "student", "loss", "backward", "update"), 3
-
-
-@contextlib.contextmanager
-def profile(cfg, device, log, total_batch):
-    """--profile N: print the time per phase of N steps, write a trace. Yields: a function to call after each step."""
-    if not cfg.profile:
-        yield lambda: None
-        return
-
-    def show(profiler):
-        seconds, times = time.perf_counter() - ends[PROFILE_WARMUP - 1], {x.key: x for x in profiler.key_averages()}
-        log.say("phase     CPU ms/step  GPU ms/step")
-        for name in PHASES:
-            cpu, gpu = times[name].cpu_time_total, times[name].device_time_total
-            log.say(f"{name:8}{cpu / 1000 / cfg.profile:13.2f}{gpu / 1000 / cfg.profile:13.2f}")
-        profiler.export_chrome_trace(os.path.join(cfg.output, "trace.json"))
-        log.say(f"{cfg.profile * total_batch / seconds:.0f} images/s while profiling; wrote {cfg.output}/trace.json")
-
-    ends, schedule = [], torch.profiler.schedule(wait=0, warmup=PROFILE_WARMUP, active=cfg.profile, repeat=1)
-    os.makedirs(cfg.output, exist_ok=True)
-    # in one thread, the kernels of the backward pass count for the phase that launches them
-    with torch.autograd.set_multithreading_enabled(False), \
-            torch.profiler.profile(schedule=schedule, on_trace_ready=show) as profiler:
-        yield lambda: (ends.append(time.perf_counter()), profiler.step())
+        self.records.append(record)
+        self.say(signs_of_collapse(self.records, self.cfg, run_ended))
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        if self.rank == 0:
+            with contextlib.suppress(OSError):              # the disk may be full: `save` says so
+                replace_file(self.path, lambda file: file.write(lines.encode()))
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 def run_script(script, work):
-    """Exit code of work(): its own; 2 for bad input, 1 for a failure of the system, 130 for Ctrl-C, each with one line
-    on stderr. Other errors are bugs and keep their traceback."""
-    known = {"DataLoader worker (pid": "a DataLoader worker died: too little memory (try fewer --workers) or too "
-                                       "little shared memory (docker --shm-size)",
-             "onnection ": "another process of this run died", "imed out": "another process did not answer"}
+    """Exit code of work(): its own; 2 for bad input, 130 for Ctrl-C, each with one line on stderr. Other errors are
+    not the user's input: they keep their traceback, and the code is 1."""
     try:
         code = work()
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
-    except KeyboardInterrupt as error:
-        caught, code, message = error, 130, "interrupted"
     except BadInput as error:
-        caught, code, message = error, 2, str(error)
-    except (OSError, RuntimeError) as error:
-        caught, code, message = error, 1, str(error)
-        causes = [text for key, text in known.items() if key in message and (dist.is_initialized() or "worker" in key)]
-        if causes:
-            message = f"{causes[0]}; rerun the same command to resume from the last checkpoint"
-        elif isinstance(error, RuntimeError):
-            raise
-    # bad input that every process meets is reported once per node; that of a worker ends its traceback
-    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or "in DataLoader worker" in message:
-        process = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-        print(f"{script}: error: {process}{message.split('BadInput: ')[-1].strip()}", file=sys.stderr)
-    traceback.clear_frames(caught.__traceback__)            # frees a DataLoader in them, which then ends its workers
-    return code
-
+        if os.environ.get("LOCAL_RANK", "0") == "0":        # all processes meet it: say it once per node
+            print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()       # here, and not by Python at the exit: so the DataLoader ends its workers
+        return 1
 
 def main(argv=None):
     """Returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request after saving, 130 interrupted."""
     return run_script("gld.py", lambda: train(parse_arguments(argv)))
 
-
 if __name__ == "__main__":
-    sys.modules["gld"] = sys.modules["__main__"]            # eval_knn, for --eval-every, imports this very module
+    from gld import main            # eval_knn imports gld: run that very module, or its classes would exist twice
+
     sys.exit(main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All tests: python -m pytest -q. They need no GPU and no network; the official reference outputs are used if present.
+"""All tests: python -m pytest -q. They need no GPU and no network; the outputs recorded from the official code are used if present.
 
 Sections: helpers, matching, loss, Triton kernels, the CUDA path without a GPU, views, images, networks, training,
 faults, bad input, evaluation, README.
@@ -24,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -63,9 +62,6 @@ QUICK = ("--data-fraction 0.1 --batch-size 8 --workers 0 --epochs 1 --warmup-epo
          "--head-hidden 16 --eval-every 0")            # 30 steps, where learning is not the point
 needs_triton = pytest.mark.skipif(mk.triton is None, reason="no Triton here")
 torch.set_num_threads(1)
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) is signal.SIG_IGN:     # in the background or under nohup; a run rightly ignores them
-        signal.signal(number, handler)
 gld.draw_shapes = functools.cache(gld.draw_shapes)     # drawn once for all tests
 
 
@@ -179,21 +175,15 @@ def save_pictures(folder, n, size=(40, 40)):
         Image.fromarray(pixels).save(folder / f"{i:04}.png")
 
 
-def pack(path, folder, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        archive.add(folder, arcname="set")
-    return str(path)
-
-
 def random_boxes(*shape, size=500, seed=0):
-    """Boxes with fractional sides, so that no centre lies exactly on a border; about half of them flipped."""
+    """Boxes with fractional sides, so that no midpoint lies exactly on a border; about half of them flipped."""
     g = torch.Generator().manual_seed(seed)
     top, left, height, width = (torch.rand(*shape, generator=g) * size + low for low in (0, 0, 20, 20))
     return torch.stack([top, left, height, width, (torch.rand(*shape, generator=g) < 0.5).float()], -1)
 
 
-def centres(box, grid):
-    """Brute force: (rows * cols, 2) y and x of every patch centre, float64, one box at a time."""
+def midpoints(box, grid):
+    """Brute force: (rows * cols, 2) y and x of every patch's midpoint, float64, one box at a time."""
     top, left, height, width, flip = box.double().tolist()
     out = []
     for r, c in np.ndindex(*grid):
@@ -1009,10 +999,10 @@ def augment_one(x, **change):
     values = {k: torch.as_tensor(change.get(k, v), dtype=torch.float32) for k, v in values.items()}
     jitter = torch.stack([values[k].expand(N) for k in ("brightness", "contrast", "saturation", "hue")], -1)
     boxes = F.pad(values["flip"].expand(N)[:, None], (4, 0))
-    views = gld.Views((x * 255).round().byte()[:, None], boxes[:, None], jitter[:, None],
-                      values["order"].long().expand(N, 4)[:, None], (values["grey"] > 0).expand(N)[:, None],
-                      values["sigma"].expand(N)[:, None], (values["solarise"] > 0).expand(N)[:, None])
-    return gld.augment(views, 2.0)[0] * STD + MEAN
+    views = gld.Views(crops=(x * 255).round().byte(), boxes=boxes, jitter=jitter,
+                      order=values["order"].long().expand(N, 4), grey=(values["grey"] > 0).expand(N),
+                      sigma=values["sigma"].expand(N), solarise=(values["solarise"] > 0).expand(N))
+    return gld.augment(gld.Views(*(field[:, None] for field in views)), 2.0)[0] * STD + MEAN
 
 
 def pictures(n=6, size=20, seed=0):
@@ -1058,7 +1048,8 @@ def test_drawn_parameters_have_dinos_distribution():
         assert abs(hits.double().mean() - expected) < 4 * math.sqrt(max(expected * (1 - expected), 1e-9) / n) + 1e-9
 
     for scale, blur, solarise in (((0.4, 1.0), 1.0, 0.0), ((0.4, 1.0), 0.1, 0.2), ((0.05, 0.4), 0.5, 0.0)):
-        views = gld.draw_views(image, 2, scale, (0.1, 2.0), [(blur, solarise)] * n)
+        views = [gld.draw_view(image, 2, scale, (0.1, 2.0), blur, solarise) for _ in range(n)]
+        views = gld.Views(*map(torch.stack, zip(*views)))
         top, left, height, width, flip = views.boxes.double().T
         assert (top >= 0).all() and (left >= 0).all() and (top + height <= 75).all() and (left + width <= 100).all()
         crop = torchvision.transforms.RandomResizedCrop(2, scale)
@@ -1100,7 +1091,7 @@ def test_matched_patches_show_the_same_place_through_the_real_pipeline():
             boxes += list(part.boxes)
         assert len(boxes) == 8 and part.crops.dtype == torch.uint8
         for v in range(8):
-            assert (shown[v] - centres(boxes[v], grids[v])).abs().max() < 1.5   # 8 bits of colour, and the edges
+            assert (shown[v] - midpoints(boxes[v], grids[v])).abs().max() < 1.5   # 8 bits of colour, and the edges
             for q in range(2):
                 index, weight = geometric_matches(boxes[v], boxes[q], grids[v], grids[q])
                 cells = torch.stack([boxes[v][2:4] / grids[v][0], boxes[q][2:4] / grids[q][0]])
@@ -1126,8 +1117,8 @@ def test_views_depend_on_seed_epoch_and_image_only():
     torch.set_rng_state(state)
     assert torch.equal(torch.rand(3), (torch.set_rng_state(state), data[(0, 0)], torch.rand(3))[2])    # state is kept
     batches = []
-    for world in (1, 2, 4):             # the same global batches whatever the number of processes
-        cfg = config("--batch-size", 4 // world)
+    for world in (1, 2, 4):             # the same images in each step whatever the number of processes
+        cfg = config("--batch-size", 4)
         loaders = [gld.make_loader(data.images, cfg, rank, world, range(1, 4), 2) for rank in range(world)]
         batches.append([torch.cat([views[0].boxes for views, _ in step]) for step in zip(*loaders)])
     assert all(torch.equal(a, b) for other in batches[1:] for a, b in zip(batches[0], other)) and len(batches[0]) == 3
@@ -1159,7 +1150,7 @@ def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
     rgb = save_odd_images(tmp_path / "data").astype(float)
     grey = np.asarray(Image.fromarray(rgb.astype(np.uint8)).convert("L"), float)[..., None].repeat(3, 2)
     for path in (tmp_path / "data").iterdir():
-        image = gld.decode(path.read_bytes())
+        image = gld.decode(path)
         assert image.shape == (3, 48, 64) and image.dtype == torch.uint8, path.name
         expected = grey if path.stem in ("grey", "deep") else rgb
         assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 6, path.name
@@ -1173,12 +1164,13 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
     for name in ("b/1.png", "a/2.PNG", "a/deep/3.png", "a/._2.png", ".cache/x.png", "a/.hidden/4.png"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "set" / name, format="png")
-    (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/5.png")
+    (tmp_path / "set/c").symlink_to(tmp_path / "elsewhere")
     images = gld.load_images(str(tmp_path / "set"), "train")
     assert [os.path.relpath(images.name(i), tmp_path / "set") for i in range(len(images))] == [
-        "a/2.PNG", "a/deep/3.png", "b/1.png"]
-    assert images.labels.tolist() == [0, 0, 1] and images.items.dtype.kind == "S"
-    assert str(images) == f"3 images in 2 classes of {tmp_path}/set"
+        "a/2.PNG", "a/deep/3.png", "b/1.png", "c/5.png"]
+    assert images.labels.tolist() == [0, 0, 1, 2] and images.items.dtype.kind == "S"
     assert gld.load_images(str(tmp_path / "set/a/deep"), "train").labels.tolist() == [0]
     for data, words in ((HERE / ".ci", "no images"), (tmp_path / "nowhere", "not found; built-in datasets: shapes")):
         with pytest.raises(gld.BadInput, match=words):
@@ -1191,12 +1183,10 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
     (("train", "val"), "val", False)])
 def test_validation_images_are_not_trained_on(tmp_path, parts, data, refused):
     for part in parts:
-        save_pictures(tmp_path / "data" / part / "a", 1), save_pictures(tmp_path / "data" / part / "b", 1)
-    for source in (tmp_path / "data" / data, pack(tmp_path / "data.tar", tmp_path / "data" / data)):
-        if "imagenet" in parts[0] and str(source).endswith(".tar"):
-            refused = False             # the folders that hold everything in a .tar are passed over
-        with pytest.raises(gld.BadInput, match="would also train on") if refused else contextlib.nullcontext():
-            assert len(gld.load_images(str(source), "train")) == 2
+        save_pictures(tmp_path / "data" / part / "a", 1)
+        save_pictures(tmp_path / "data" / part / "b", 1)
+    with pytest.raises(gld.BadInput, match="would also train on") if refused else contextlib.nullcontext():
+        assert len(gld.load_images(str(tmp_path / "data" / data), "train")) == 2
 
 
 def test_data_fraction_is_balanced_and_shapes_are_reproducible():
@@ -1208,72 +1198,20 @@ def test_data_fraction_is_balanced_and_shapes_are_reproducible():
     assert not {x.tobytes() for x in whole.items} & {x.tobytes() for x in val.items}
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_an_archive_is_read_in_place_as_its_folder_would_be(tmp_path, split):
-    for name in ("train/a", "train/b", "val/a", "val/b") if split else ("a", "b"):
-        save_pictures(tmp_path / "data" / name, 3 + len(name) % 2)
-    archive = pack(tmp_path / "data.tar", tmp_path / "data")
-    for part in ("train", "val") if split else ("train",):
-        one, other = (gld.load_images(str(data), part) for data in (tmp_path / "data", archive))
-        assert one.classes.tolist() == other.classes.tolist() == [b"a", b"b"]
-        assert one.labels.tolist() == other.labels.tolist()
-        assert all(torch.equal(one.read(i), other.read(i)) for i in range(len(one)))
-        assert other.name(0) == one.name(0).replace(str(tmp_path / "data"), archive + "/set")
-    with tarfile.open(tmp_path / "dot.tar", "w") as dotted:     # as `tar -cf dot.tar -C data .` makes it
-        dotted.add(tmp_path / "data", arcname=".")
-    assert all(name.startswith(b"./") for name, *_ in gld.list_files(tmp_path / "dot.tar"))
-    assert str(tmp_path / "dot.tar") in str(gld.load_images(str(tmp_path / "dot.tar"), "train"))
-    assert len(gld.load_images(str(tmp_path / "dot.tar"), "train")) == len(gld.load_images(archive, "train"))
-    with contextlib.nullcontext() if split else pytest.raises(gld.BadInput, match="must hold train/"):
-        gld.load_images(archive, "val", must_split=True)
-    for output, data in (("tar", archive), ("folder", tmp_path / "data")):
-        options = f"--data {data} --preset small --data-fraction 1 --batch-size 3 --output {output}"
-        train_ok(options + " --workers 1" * (output == "tar"), tmp_path)
-    same_weights(checkpoint(tmp_path / "tar"), checkpoint(tmp_path / "folder"))
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "data.tar", "dot.tar", "folder", "tar"}
-
-
-def test_hostile_and_broken_archives(tmp_path):
-    save_pictures(tmp_path / "data/train/a", 20)
-    picture = (tmp_path / "data/train/a/0000.png").read_bytes()
-    with tarfile.open(tmp_path / "hostile.tar", "w") as archive:
-        for name in ("../outside.png", str(tmp_path / "absolute.png"), "inside.png"):
-            member = tarfile.TarInfo(name)
-            member.size = len(picture)
-            archive.addfile(member, io.BytesIO(picture))
-        for kind, name in ((tarfile.SYMTYPE, "symbolic.png"), (tarfile.LNKTYPE, "hard.png")):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            archive.addfile(member)
-    files = gld.list_files(tmp_path / "hostile.tar")
-    assert len(files) == 3 and {size for *_, size in files} == {len(picture)}
-    plain = Path(pack(tmp_path / "plain.tar", tmp_path / "data")).read_bytes()
-    (tmp_path / "truncated.tar").write_bytes(plain[:len(plain) // 2 + 100])
-    (tmp_path / "text.tar").write_text("hello")
-    (tmp_path / "empty.tar").touch()
-    pack(tmp_path / "zipped.tgz", tmp_path / "data", "w:gz")
-    before = sorted(tmp_path.iterdir())
-    for path in ("zipped.tgz", "truncated.tar", "text.tar", "empty.tar"):
-        done = run(f"gld.py --data {path} --preset small", tmp_path)
-        assert done.returncode == 2 and path in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        assert ("gunzip it first" in done.stderr) == (path == "zipped.tgz")
-    assert sorted(tmp_path.iterdir()) == before
-
-
 def test_a_million_paths_cost_a_worker_little(tmp_path, monkeypatch):
     """Little is copied into a worker that forks, nor sent to one that does not."""
-    names = [f"set/n{i // 1300:08}/n{i // 1300:08}_{i:012}_photograph.JPEG".encode() for i in range(10 ** 6)]
-    monkeypatch.setattr(gld, "list_files", lambda path: [(name, 512 * i, 100) for i, name in enumerate(names)])
-    (tmp_path / "big.tar").touch()
-    images = gld.load_images(str(tmp_path / "big.tar"), "train")
-    assert len(images) == 10 ** 6 and images.name(7) == f"{tmp_path}/big.tar/{names[7].decode()}"
+    names = [f"n0_{i:012}_photograph.JPEG".encode() for i in range(10 ** 6)]
+    walk = [(os.fsencode(tmp_path / "n0"), [], names)]
+    monkeypatch.setattr(os, "walk", lambda path, **kwargs: walk)
+    images = gld.load_images(str(tmp_path), "train")
+    assert len(images) == 10 ** 6 and images.name(7) == f"{tmp_path}/n0/{names[7].decode()}"
     assert len(pickle.dumps(gld.ViewDataset(images, config()))) < 100e6
     reader, writer = os.pipe()
     if not os.fork():                   # a worker: it reads every third name, and tells how much memory became its own
         own = lambda: sum(map(int, re.findall(r"Private_\w+: +(\d+)", Path("/proc/self/smaps_rollup").read_text())))
         before = own()
         for i in range(0, 10 ** 6, 3):
-            images.name(i), images.labels[i], images.spans[i]
+            images.name(i), images.labels[i]
         os.write(writer, str(own() - before).encode())
         os._exit(0)
     os.wait()
@@ -1303,24 +1241,25 @@ def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, process
     save_pictures(tmp_path / "data", 90)
     for i in range(10):
         (tmp_path / "data" / f"text{i}.jpg").write_text("not an image")
-    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 10", tmp_path, processes)
+    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 20", tmp_path, processes)
     lines = [line for line in done.stderr.splitlines() if "gld.py: error" in line]
     assert done.returncode == 2 and len(lines) == 1 and "more than 1 %" in lines[0], done.stderr
     for path in (tmp_path / "data").glob("*.png"):
         path.unlink()
     done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 2 --workers 1", tmp_path)
-    assert done.returncode == 2 and "100 files in a row" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and "more than 1 %" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 @bench
-def test_worker_against_pillow(capsys, request):
+def test_worker_against_pillow(capsys, request, tmp_path):
     """Decode and ten views of photographs, one core: torchvision's transforms on Pillow images, as the official code,
-    against our DataLoader worker. Then the .tar against its folder. Reports; asserts nothing about time."""
+    against our DataLoader worker. Reports; asserts nothing about time."""
     from torchvision import transforms as T
     archive = HERE.parent / "shared/data/imagenet-64.tar"
     if request.config.getoption("markexpr") != "bench" or not archive.exists():
         pytest.skip("run it with -m bench -s")
-    cfg, images = config("--data", archive), gld.load_images(str(archive), "train")
+    shutil.unpack_archive(archive, tmp_path)
+    cfg, images = config("--data", tmp_path), gld.load_images(str(tmp_path), "train")
 
     def views(size, scale, blur, solarise):
         return T.Compose([
@@ -1330,28 +1269,21 @@ def test_worker_against_pillow(capsys, request):
             T.RandomSolarize(128, solarise), T.ToTensor(), T.Normalize(gld.PIXEL_MEAN, gld.PIXEL_STD)])
 
     recipe = [views(224, (0.4, 1), 1, 0), views(224, (0.4, 1), 0.1, 0.2)] + [views(96, (0.05, 0.4), 0.5, 0)] * 8
-
-    def pillow(i):
-        offset, size = images.spans[i].tolist()
-        picture = Image.open(io.BytesIO(os.pread(gld.open_archive(images.root), size, offset))).convert("RGB")
-        return [view(picture) for view in recipe]
-
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        data, from_folder = (gld.ViewDataset(x, cfg) for x in (images, gld.load_images(folder, "train")))
-        ways = {"Pillow": pillow, "ours, .tar": lambda i: data[(0, i)], "ours, folder": lambda i: from_folder[(0, i)]}
-        times = {name: [] for name in ways}
-        for _, (name, way) in itertools.product(range(3), ways.items()):
-            began = time.process_time()
-            for i in range(len(images)):
-                way(i)
-            times[name].append(1000 * (time.process_time() - began) / len(images))
+    data = gld.ViewDataset(images, cfg)
+    ways = {"Pillow": lambda i: [view(Image.open(images.name(i)).convert("RGB")) for view in recipe],
+            "ours": lambda i: data[(0, i)]}
+    times = {name: [] for name in ways}
+    for _, (name, way) in itertools.product(range(3), ways.items()):
+        began = time.process_time()
+        for i in range(len(images)):
+            way(i)
+        times[name].append(1000 * (time.process_time() - began) / len(images))
     median = {name: sorted(x)[1] for name, x in times.items()}
+    pixels = sum(np.prod(images.read(i).shape[1:]) for i in range(len(images))) / len(images)
     with capsys.disabled():
-        print("\nCPU ms per image, 10 views:", ", ".join(f"{name} {ms:.2f}" for name, ms in median.items()),
-              f"; Pillow / ours {median['Pillow'] / median['ours, .tar']:.1f}, .tar / folder "
-              f"{median['ours, .tar'] / median['ours, folder']:.2f}")
+        print(f"\n{len(images)} photographs of {pixels / 1e6:.2f} megapixels, 10 views, CPU ms per image:",
+              ", ".join(f"{name} {ms:.2f}" for name, ms in median.items()),
+              f"; Pillow / ours {median['Pillow'] / median['ours']:.1f}")
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -1459,19 +1391,31 @@ def test_backbone_pt_loads_into_torchvision(tmp_path):
 # ------------------------------------------------------------------------------------------------ training
 
 @pytest.mark.parametrize("matching", ["geometric", "similarity"])
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, matching):
-    """On a network without batch norm."""
-    options = f"--matching {matching} --arch vit_tiny --drop-path 0 --max-steps 1"
-    train_ok(f"{options} --batch-size 4 --output one", tmp_path)
-    two = train_ok(f"{options} --batch-size 2 --output two", tmp_path, processes=2)
+def test_two_processes_equal_one_with_the_same_command(tmp_path, matching):
+    """On a network without batch norm. Then one process resumes what two have begun."""
+    options = f"--matching {matching} --arch vit_tiny --drop-path 0 --batch-size 4"
+    train_ok(f"{options} --max-steps 1 --output one", tmp_path)
+    two = train_ok(f"{options} --max-steps 1 --output two", tmp_path, processes=2)
     assert two.stdout.count("step 1 ") == 1             # one process prints
     one, two = (log_of(tmp_path / name)[0] for name in ("one", "two"))
-    for key in ("loss_global", "loss_local", "grad_norm"):
+    for key in ("loss_image", "loss_patch", "grad_norm"):
         assert math.isclose(one[key], two[key], rel_tol=1e-5, abs_tol=1e-9), key
     a, b = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     torch.testing.assert_close(a["centers"], b["centers"], rtol=1e-5, atol=1e-6)
     for key, state in a["optimizer"]["state"].items():  # after one step, exp_avg is a tenth of the gradient
         torch.testing.assert_close(state["exp_avg"], b["optimizer"]["state"][key]["exp_avg"], rtol=1e-3, atol=1e-6)
+    resumed = train_ok(f"{options} --max-steps 3 --output two", tmp_path)
+    assert "from step 1" in resumed.stdout
+    train_ok(f"{options} --max-steps 3 --output one", tmp_path)
+    one, two = (log_of(tmp_path / name)[1] for name in ("one", "two"))
+    assert one["step"] == two["step"] == 3
+    assert all(math.isclose(one[key], two[key], rel_tol=1e-4) for key in ("loss_image", "loss_patch"))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
+    done = run(f"gld.py {QUICK} --batch-size 5", tmp_path, processes=2)
+    assert done.codes == [2, 2] and done.stderr.count("\n") == 1
+    assert "--batch-size 5 cannot be shared equally by 2 processes; the next size that can is 6" in done.stderr
 
 
 @pytest.mark.parametrize("stop", [3, 30, 37])
@@ -1496,8 +1440,8 @@ def test_stochastic_depth_is_the_same_after_a_resume(tmp_path):
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     x = [torch.randn(2, 4, 3, 32, 32)]
     student, teacher = (gld.Network(config(*options.split()), p) for p in (0.5, 0.0))
-    assert not torch.equal(student(x).global_z, student(x).global_z)
-    assert torch.equal(teacher(x).global_z, teacher(x).global_z)
+    assert not torch.equal(student(x).image_z, student(x).image_z)
+    assert torch.equal(teacher(x).image_z, teacher(x).image_z)
 
 
 def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeypatch):
@@ -1514,7 +1458,7 @@ def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeyp
         torch.testing.assert_close(end["teacher"][name], value + 0.01 * moved, rtol=1e-4, atol=1e-8)
     with torch.no_grad():               # the centres moved a tenth of the way to the teacher's mean logits
         teacher = start(batches[:1])
-    logits = (teacher.global_z @ teacher.global_weight.T, teacher.local_z[0] @ teacher.local_weight.T)
+    logits = (teacher.image_z @ teacher.image_weight.T, teacher.patch_z[0] @ teacher.patch_weight.T)
     means = torch.stack([x.flatten(0, 2).mean(0) for x in logits])
     torch.testing.assert_close(end["centers"], 0.1 * means, rtol=1e-4, atol=1e-6)
     groups = end["optimizer"]["param_groups"]           # weight decay spares biases and norms
@@ -1531,37 +1475,9 @@ def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeyp
 
 def test_no_local_views_one_patch_grids_and_other_corners(tmp_path):
     for i, options in enumerate(("--local-views 0", "--local-size 8 --global-size 8", "--matching none --local-views 0",
-                                 "--matching similarity --local-size 8", "--arch vit_tiny --clip-grad 0 --no-hinge")):
+                                 "--matching similarity --local-size 8", "--arch vit_tiny --clip-grad 0 --no-hinge",
+                                 "--blur-sigma 0.1 9")):        # a blur wider than a view
         train_ok(f"--max-steps 1 --output {i} {options}", tmp_path)
-
-
-def test_init_from_takes_both_networks(tmp_path):
-    train_ok("--max-steps 2 --output a", tmp_path)
-    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
-    train_ok(f"--max-steps 1 --output b --init-from a/checkpoint.pt {frozen}", tmp_path)
-    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
-    for name in ("student", "teacher"):
-        assert b["step"] == 1 and all(torch.equal(a[name][k], b[name][k]) for k in a[name] if "running" not in k
-                                      and "num_batches" not in k)
-    train_ok(f"--max-steps 2 --output b --init-from a/checkpoint.pt {frozen}", tmp_path)   # the same command resumes
-    for options, words in (("--output b", "--init-from"), ("--output c --arch vit_tiny", "--arch"),
-                           ("--output c --matching none", "--matching"), ("--output c --out-dim 32", "--out-dim")):
-        other = "" if words == "--init-from" else "--init-from a/checkpoint.pt"
-        done = run(f"gld.py {QUICK} {frozen} --max-steps 3 {other} {options}", tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith(f"gld.py: error: {words}") and len(done.stderr) < 300
-    done = run(f"gld.py {QUICK} --output c --init-from a/backbone.pt", tmp_path)
-    assert done.returncode == 2 and "was not written by gld.py" in done.stderr
-
-
-def test_profile_reports_each_phase_and_saves_no_checkpoint(tmp_path):
-    done = train_ok("--profile 2 --output p", tmp_path)
-    rows = [line.split() for line in done.stdout.splitlines()]
-    rows = {row[0]: float(row[1]) for row in rows if row[0] in gld.PHASES}
-    assert set(rows) == set(gld.PHASES) and all(ms > 0 for ms in rows.values())
-    assert "images/s while profiling" in done.stdout
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["trace.json"]
-    names = {event.get("name") for event in json.loads((tmp_path / "p/trace.json").read_text())["traceEvents"]}
-    assert names >= set(gld.PHASES)
 
 
 def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
@@ -1573,22 +1489,39 @@ def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
     run("eval_knn.py --checkpoint a/checkpoint.pt --k 20 --workers 0 --json knn.json", tmp_path)
     expected = json.loads((tmp_path / "knn.json").read_text())["a/checkpoint.pt"]["20-NN"][0]
     assert math.isclose(log_of(tmp_path / "a")[3]["knn"], expected, abs_tol=0.01)
-    done = train_ok("--epochs 1 --eval-every 1 --batch-size 4 --output c", tmp_path, processes=2)
+    done = train_ok("--epochs 1 --eval-every 1 --output c", tmp_path, processes=2)
     assert re.search(r"20-NN \d+\.\d %", done.stdout) and log_of(tmp_path / "c")[0]["knn"] > 0
     save_pictures(tmp_path / "flat", 20)
     done = run(f"gld.py {QUICK} --data flat --data-fraction 1 --preset small --eval-every 1 --output d", tmp_path)
     assert done.returncode == 2 and "must hold train/" in done.stderr
 
 
-def test_the_built_in_run_learns(tmp_path):
+def test_the_built_in_run_learns_and_does_not_warn(tmp_path):
     """A shortened version of the README's first two commands is far above the untrained network and raw pixels."""
-    assert run("gld.py --epochs 7 --eval-every 7 --workers 1", tmp_path).returncode == 0
+    done = run("gld.py --epochs 7 --eval-every 7 --workers 1", tmp_path)
+    assert done.returncode == 0 and "WARNING" not in done.stdout
     assert run("eval_knn.py --k 20 --json knn.json --workers 0", tmp_path).returncode == 0
     top1 = {name: values["20-NN"][0] for name, values in json.loads((tmp_path / "knn.json").read_text()).items()
             if isinstance(values, dict) and "20-NN" in values}
     trained = top1.pop("output/checkpoint.pt")
-    print(trained, top1)
-    assert len(top1) == 2 and trained > max(top1.values()) + 10
+    assert len(top1) == 2 and trained > max(top1.values()) + 10, (trained, top1)
+
+
+def test_a_collapse_is_seen(tmp_path):
+    done = train_ok("--lr 30 --epochs 2", tmp_path)
+    *lines, last = done.stdout.splitlines()
+    assert last.startswith("WARNING: looks collapsed: the teacher's entropy is 2.7")
+    assert sum("looks collapsed" in line for line in lines) == 1                # after the first epoch
+    cfg = config("--warmup-epochs", 0, "--out-dim", 256)
+    fine = dict(epoch=0, entropy=4.0, spread=0.5, knn=50.0)
+    for change, finished, words in ((dict(), True, None), (dict(entropy=5.52), False, "collapsed"),
+                                    (dict(entropy=0.05), False, "collapsed"), (dict(spread=0.0), False, "collapsed"),
+                                    (dict(knn=49.0), True, "20-NN fell from 50.0 to 49.0"), (dict(knn=49.0), False, None),
+                                    (dict(entropy=math.nan), False, "collapsed")):
+        found = gld.signs_of_collapse([fine, fine | change], cfg, finished)
+        assert (words in found) if words else found == "", (change, found)
+    cfg.warmup_epochs = 1               # at the start, all outputs may be alike
+    assert gld.signs_of_collapse([fine | dict(entropy=5.54)], cfg, False) == ""
 
 
 def test_compiled_networks_train_and_save_the_same(tmp_path, monkeypatch):
@@ -1610,8 +1543,7 @@ def test_training_and_evaluation_run_on_a_gpu(tmp_path, more):
     train_ok(f"{options} --max-steps 3", tmp_path)
     train_ok(f"{options} --max-steps 6", tmp_path)
     log = log_of(tmp_path / "output")
-    assert len(log) == 2 and all(math.isfinite(row["loss_global"] + row["loss_local"]) for row in log)
-    train_ok(f"{options} --profile 3", tmp_path)
+    assert len(log) == 2 and all(math.isfinite(row["loss_image"] + row["loss_patch"]) for row in log)
     assert run("eval_knn.py --device cuda --k 5 --linear", tmp_path).returncode == 0
 
 
@@ -1634,12 +1566,12 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
         assert not path.exists() or torch.load(path, weights_only=True)["step"] % 15 == 0
     assert run(f"{options} --output parts", tmp_path).returncode == 0
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert sorted(x.name for x in (tmp_path / "parts").iterdir()) == ["backbone.pt", "checkpoint.pt", "log.jsonl"]
+    assert {"backbone.pt", "checkpoint.pt", "log.jsonl"} == {x.name for x in (tmp_path / "parts").iterdir()}
     steps = [[row["step"] for row in log_of(tmp_path / name)] for name in ("whole", "parts")]
     assert steps[0] == steps[1] == list(range(15, 181, 15))                     # no line twice
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, number):
     """To the whole process group, as a scheduler or a terminal sends it: DataLoader workers must not die of it."""
     process = launch(f"gld.py {QUICK} --workers 1 --epochs 50", tmp_path)
@@ -1653,28 +1585,20 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, number):
     assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
 
 
-def test_a_second_ctrl_c_quits_and_handlers_are_restored(tmp_path, monkeypatch):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-
+def test_a_second_ctrl_c_quits(tmp_path, monkeypatch):
     def two_signals(*args, f=gld.distillation_loss, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         return f(*args, **kwargs)
 
     monkeypatch.setattr(gld, "distillation_loss", two_signals)
     done = run(f"gld.py {QUICK}", tmp_path)
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
-    monkeypatch.undo()
-    codes = []                          # outside the main thread no handler can be set; the run works all the same
-    arguments = f"{QUICK} --max-steps 1 --output {tmp_path}/thread --device cpu".split()
-    thread = threading.Thread(target=lambda: codes.append(gld.main(arguments)))
-    thread.start(), thread.join()
-    assert codes == [0]
 
 
 def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path):
     """Stopped in the middle of an epoch, all processes at one step; one process finishes the job."""
-    process = launch(f"gld.py {QUICK} --batch-size 4 --epochs 50", tmp_path, processes=2)
+    process = launch(f"gld.py {QUICK} --epochs 50", tmp_path, processes=2)
     wait_for(process, "step 1 ")
     started = [pid for child in children(process.pid) for pid in (child, *children(child))]
     os.killpg(process.pid, signal.SIGINT)
@@ -1686,7 +1610,7 @@ def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path):
 
 
 def test_processes_started_by_slurm_exit_with_75(tmp_path):
-    """The variables of the README's script, and SIGTERM to every process, workers too."""
+    """The variables of the script in NOTES.md, and SIGTERM to every process, workers too."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -1701,7 +1625,7 @@ def test_processes_started_by_slurm_exit_with_75(tmp_path):
     assert [process.wait(60) for process in processes] == [75, 75] and "stopped on request: saved" in said
 
 
-@pytest.mark.parametrize("where", ["local loss", "gradient"])
+@pytest.mark.parametrize("where", ["patch loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkeypatch, where):
     """Patched for one process of two: the loss, or a gradient. Nothing may have moved since the step before."""
     networks, seen, state = [], [], {}
@@ -1711,15 +1635,15 @@ def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkey
         return {f"{i}.{k}": v for i, net in enumerate(networks) for k, v in net.named_parameters()} | dict(c=centers)
 
     def poisoned(student, teacher, centers, *args, f=gld.distillation_loss, **kwargs):
-        global_loss, local_loss = f(student, teacher, centers, *args, **kwargs)
+        loss, image_loss, patch_loss = f(student, teacher, centers, *args, **kwargs)
         seen.append(centers)
         if len(seen) == 3:
             state.update({name: value.clone() for name, value in parameters(centers).items()})
             if os.environ["RANK"] == "1" and where == "gradient":
-                student.global_z.register_hook(lambda grad: grad * math.nan)
+                student.image_z.register_hook(lambda grad: grad * math.nan)
             elif os.environ["RANK"] == "1":
-                local_loss = local_loss * math.nan
-        return global_loss, local_loss
+                patch_loss = patch_loss * math.nan
+        return loss, image_loss, patch_loss
 
     def main(argv, f=gld.main):
         code = f(argv)
@@ -1729,10 +1653,10 @@ def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkey
 
     monkeypatch.setattr(gld, "distillation_loss", poisoned)
     monkeypatch.setattr(gld, "main", main)
-    done = run(f"gld.py {QUICK} --batch-size 4", tmp_path, processes=2)
-    assert done.codes == [1, 1] and f"the {where} is nan at step 2" in done.stderr, done.stdout + done.stderr
+    done = run(f"gld.py {QUICK}", tmp_path, processes=2)
+    assert done.codes == [1, 1] and f"{where} nan" in done.stderr, done.stdout + done.stderr
     assert done.stdout.count("untouched") == 2
-    assert "lr 0" in done.stderr and not (tmp_path / "output/checkpoint.pt").exists()
+    assert "stopped at step 2, lr 0" in done.stderr and not (tmp_path / "output/checkpoint.pt").exists()
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
@@ -1743,7 +1667,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     full = launch(options, tmp_path, preexec_fn=limit)
     said = full.communicate(timeout=120)[0]
-    assert full.returncode == 1 and said.count("cannot write output/checkpoint.pt") == 1, said
+    assert full.returncode == 1 and said.count("cannot write output/ at step 60") == 1, said
     assert (tmp_path / "output/checkpoint.pt").read_bytes() == before and "epoch 1 step 60" in said
     assert {path.name for path in (tmp_path / "output").iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
     assert "from step 30" in train_ok("--epochs 2", tmp_path).stdout
@@ -1761,35 +1685,33 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
     same_weights(checkpoint(tmp_path / "again"), checkpoint(tmp_path / "output"))
 
 
-def test_a_dead_worker_ends_the_run_with_a_line(tmp_path):
+def test_a_dead_worker_ends_the_run(tmp_path):
     process = launch(f"gld.py {QUICK} --workers 2 --epochs 50", tmp_path)
     wait_for(process, "step 1 ")
     workers = children(process.pid)
     os.kill(workers[-1], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "gld.py: error: a DataLoader worker died" in said, said
-    assert "Traceback" not in said
+    assert process.returncode == 1 and "DataLoader worker" in said, said
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def test_a_dead_rank_ends_the_job_and_torchrun_restarts_it(tmp_path):
     # torchrun's shared store gives new processes the addresses of the dead ones, which they then wait for
     environment = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    options = f"gld.py {QUICK} --batch-size 4 --epochs 4"
-    process = launch(options, tmp_path, processes=2, restarts=1, env=environment)
+    process = launch(f"gld.py {QUICK} --epochs 4", tmp_path, processes=2, restarts=1, env=environment)
     wait_for(process, "epoch 1 step 60")
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and re.search("from step (30|60|90)", said), said
-    assert "error: another process of this run died" in said and checkpoint(tmp_path / "output")["step"] == 120
+    assert checkpoint(tmp_path / "output")["step"] == 120
 
 
 def test_a_program_with_a_dataloader_left_over_ends():
     """Python joins the workers that are left at its exit: they must go when told so."""
     code = f"""
-import sys; sys.path.insert(0, {str(HERE)!r})
+import sys, signal; sys.path.insert(0, {str(HERE)!r})
+signal.alarm = lambda seconds, f=signal.alarm: f(2)
 import gld
-gld.WORKER_GRACE = 2
 cfg = gld.parse_arguments(["--workers", "1"])
 left = iter(gld.make_loader(gld.load_images("shapes", "train", 0.1), cfg, 0, 1, range(50), 7))
 next(left)
@@ -1797,32 +1719,7 @@ next(left)
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_output_that_vanishes_pipes_that_close_and_folders_in_use(tmp_path, monkeypatch):
-    process = launch(f"gld.py {QUICK} --epochs 3", tmp_path)
-    wait_for(process, "step 1 ")
-    done = run(f"gld.py {QUICK} --epochs 3", tmp_path)  # a second run in the same folder
-    assert done.returncode == 2 and "in use by another run" in done.stderr and done.stderr.count("\n") == 1
-    process.stdout.close()              # the reader of the pipe has gone, as with `| head`
-    assert process.wait(60) == 0 and checkpoint(tmp_path / "output")["step"] == 90
-    process = launch(f"gld.py {QUICK} --epochs 3 --output gone", tmp_path)
-    wait_for(process, "step 1 ")
-    for path in (tmp_path / "gone").iterdir():
-        path.unlink()
-    (tmp_path / "gone").rmdir()
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and log_of(tmp_path / "gone")[-1]["step"] == 90, said
-
-    def remove_and_stop(*args, f=gld.distillation_loss, **kwargs):
-        shutil.rmtree(tmp_path / "other", ignore_errors=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return f(*args, **kwargs)
-
-    monkeypatch.setattr(gld, "distillation_loss", remove_and_stop)
-    assert run(f"gld.py {QUICK} --output other", tmp_path).returncode == 75
-    assert checkpoint(tmp_path / "other")["step"] == 1
-
-
-def test_waiting_for_data_is_noticed_and_the_time_left_follows_max_steps(tmp_path, monkeypatch):
+def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypatch):
     """By a clock that moves on by 1000 s whenever an image is read."""
     clock, now, read = [0], time.perf_counter, gld.Images.read
     fast = train_ok("--local-views 0 --epochs 9 --max-steps 31", tmp_path)
@@ -1835,32 +1732,31 @@ def test_waiting_for_data_is_noticed_and_the_time_left_follows_max_steps(tmp_pat
 
     monkeypatch.setattr(gld.Images, "read", slowly)
     monkeypatch.setattr(time, "perf_counter", lambda: now() + clock[0])
-    slow = train_ok("--data-fraction 0.02 --local-views 0 --output slow", tmp_path)
-    assert "waiting for data: try more --workers" in slow.stdout and "try more" not in fast.stdout
-    assert 0 < log_of(tmp_path / "output")[0]["waiting"] < 0.99 < log_of(tmp_path / "slow")[0]["waiting"] < 1
+    train_ok("--data-fraction 0.02 --local-views 0 --output slow", tmp_path)
+    assert 0 < log_of(tmp_path / "output")[0]["waiting"] < 0.99 < log_of(tmp_path / "slow")[0]["waiting"] <= 1
 
 
 # ------------------------------------------------------------------------------------------------ bad input
 
 REFUSED = {
-    "--matching nearest": "--matching", "--arch vgg": "--arch", "--epochs 0": "--epochs", "--lr nan": "--lr",
-    "--lr -1": "--lr", "--lr abc": "--lr", "--teacher-temp 0": "--teacher-temp", "--out-dim 1": "--out-dim",
-    "--warmup-teacher-temp -1": "--warmup-teacher-temp", "--global-scale 0.9 0.4": "--global-scale",
-    "--local-scale 0 0.4": "--local-scale", "--global-size 33": "multiple of 8", "--local-size 0": "--local-size",
-    "--data-fraction 0": "--data-fraction", "--data-fraction 1.5": "--data-fraction", "--max-steps 0": "--max-steps",
+    "--matching nearest": "--matching", "--arch vgg": "--arch", "--epochs 0": "--epochs must be from 1 to 1e+09, got [0]",
+    "--lr nan": "--lr must be", "--lr -1": "--lr", "--lr abc": "--lr", "--teacher-temp 0": "--teacher-temp",
+    "--out-dim 1": "--out-dim", "--warmup-teacher-temp -1": "--warmup-teacher-temp", "--max-steps -1": "--max-steps",
+    "--global-scale 0.9 0.4": "--global-scale must be from 1e-09 to 1, the lower value first, got [0.9, 0.4]",
+    "--local-scale 0 0.4": "--local-scale", "--global-size 33": "multiples of 8", "--local-size 0": "--local-size",
+    "--data-fraction 0": "--data-fraction", "--data-fraction 1.5": "--data-fraction", "--drop-path 1": "--drop-path",
     "--warmup-epochs 5 --epochs 3": "--warmup-epochs", "--batch-size 5000": "--batch-size", "--data nowhere": "nowhere",
-    "--device cuda": "CUDA", "--precision fp16": "fp16", "--impl triton": "--impl triton", "--profile 0": "--profile",
-    "--teacher-momentum 1.1": "--teacher-momentum", "--workers -1": "--workers", "--drop-path 1": "--drop-path",
-    "--init-from nowhere.pt": "nowhere.pt", f"--output {__file__}": "not a writable folder", "--data .": "no images",
-    f"--output {__file__}/below": "--output", "--output /proc/nowhere": "--output", "--unknown": "--unknown",
-    "--batch_size 4": "did you mean --batch-size?", "--blur-sigma 0 1": "--blur-sigma",
-    "--blur-sigma 1 6": "does not fit a view of 16 pixels", "--eval-every -2": "--eval-every",
+    "--device cuda": "CUDA", "--precision fp16": "--precision fp16", "--impl triton": "--impl triton",
+    "--teacher-momentum 1.1": "--teacher-momentum", "--workers -1": "--workers", "--init-from nowhere.pt": "nowhere.pt",
+    f"--output {__file__}": "--output", f"--output {__file__}/below": "--output", "--output /proc/nowhere": "--output",
+    f"--data {__file__}": "unpack it first", "--data .": "no images", "--unknown": "--unknown", "--batch_size 4": "--batch",
+    "--blur-sigma 0 1": "--blur-sigma", "--eval-every -2": "--eval-every", "--profile 5": "--profile",
 }
 
 
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options):
-    if torch.cuda.is_available() and REFUSED[options] in ("CUDA", "fp16", "--impl triton"):
+    if torch.cuda.is_available() and REFUSED[options] in ("CUDA", "--precision fp16", "--impl triton"):
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -1869,35 +1765,36 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, op
     assert REFUSED[options] in out.err and out.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_run_without_a_rendezvous_and_the_paper_preset_without_a_gpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert gld.main([]) == 2 and "start with torchrun" in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
+def test_the_paper_preset_and_its_defaults(tmp_path):
     save_pictures(tmp_path / "data", 20)
-    options = "--arch conv_tiny --global-size 32 --local-size 16 --blur-sigma 0.1 0.5 --preset paper --max-steps 1"
+    options = "--arch conv_tiny --global-size 32 --local-size 16 --preset paper --max-steps 1"
     done = train_ok(f"--data data --data-fraction 1 {options} --output a", tmp_path)
-    assert ("no GPU found: --preset paper takes about" in done.stdout) == (DEVICE == "cpu")
-    assert "20 images in 1 classes of data" in done.stdout
+    assert ("no GPU found: --preset paper takes minutes" in done.stdout) == (DEVICE == "cpu")
+    assert "20 images of data" in done.stdout
+    small, paper = config(), config("--data", tmp_path / "data")
+    assert (small.preset, small.batch_size, small.drop_path, small.eval_every) == ("small", 32, 0, 1)
+    assert (paper.preset, paper.batch_size, paper.drop_path, paper.eval_every) == ("paper", 256, 0.1, 0)
+    assert config("--max-steps", 0, "--drop-path", -1, "--eval-every", -1).eval_every == 1      # as documented
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
-    """Images first, then the preset, then what else differs; nothing is changed."""
+    """Images first, then what else differs; nothing is changed."""
     train_ok("--max-steps 1", tmp_path)
     save_pictures(tmp_path / "data", 240)
     before = (tmp_path / "output/checkpoint.pt").read_bytes()
     for options, words in (("--data data --data-fraction 1 --preset small", "--data data: not the images"),
                            ("--data data --data-fraction 1", "--data data: not the images"), ("--seed 1", "--seed"),
-                           ("--preset paper --arch conv_tiny --global-size 32 --local-size 16 --blur-sigma 0.1 0.5",
+                           ("--preset paper --arch conv_tiny --global-size 32 --local-size 16",
                             "--preset: paper here, but output/checkpoint.pt was made with small"),
                            ("--matching none", "--matching"), ("--out-dim 128", "--out-dim"), ("--lr 1", "--lr"),
-                           ("--batch-size 4", "--batch-size x processes"), ("--warmup-epochs 1", "--warmup-epochs"),
-                           ("--epochs 2", "to train longer, use --init-from output/checkpoint.pt")):
+                           ("--batch-size 4", "--batch-size"), ("--warmup-epochs 1", "--warmup-epochs"),
+                           ("--epochs 2", "another --output or --no-resume, and --init-from output/checkpoint.pt")):
         done = run(f"gld.py {QUICK} --max-steps 2 {options}", tmp_path)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (options, done.stderr)
     assert (tmp_path / "output/checkpoint.pt").read_bytes() == before
-    assert "nothing left to do" in train_ok("--max-steps 1", tmp_path).stdout
+    assert "from step 1;" in train_ok("--max-steps 1", tmp_path).stdout         # nothing is left to do
     done = train_ok("--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3", tmp_path)
-    assert "from step 1" in done.stdout                 # the same values, given again
+    assert "from step 1;" in done.stdout                # the same values, given again
     train_ok("--max-steps 1 --matching none --no-resume", tmp_path)
     assert len(log_of(tmp_path / "output")) == 1        # a new run has a new log
 
@@ -2253,8 +2150,7 @@ def test_the_readmes_commands_run(tmp_path):
     for torchrun, command in commands:
         words = shlex.split(command)
         if words[0] == "gld.py":
-            words += small + (["--profile", "1"] if "--profile" in words else [])
-            words += ["--blur-sigma", "0.1", "0.5"]
+            words += small
         else:
             words += ["--k", "3", "--workers", "0"]
         done = run(words, tmp_path, processes=2 if torchrun and not launched else 1)
@@ -2262,10 +2158,6 @@ def test_the_readmes_commands_run(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-def test_the_readmes_table_of_files_is_true():
-    rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README)
-    assert len(rows) == 4
-    for name, lines in rows:
-        assert len((HERE / name).read_text().splitlines()) == int(lines), name
-    for picture in re.findall(r"\]\((\.github/[\w.]+)\)", README):
-        assert Image.open(HERE / picture).width >= 1200
+def test_the_readmes_files_exist():
+    names = re.findall(r"\]\((\.github/[\w.]+|\w+\.(?:py|txt))[)#]", README)
+    assert len(names) >= 4 and all((HERE / name).exists() for name in names), names
