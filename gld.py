@@ -6,16 +6,18 @@
     python gld.py --data PATH/TO/IMAGES --arch vit_small --batch-size 64      # your images, one GPU
     torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET   # the paper's settings
 
-A student network learns from its own EMA teacher, without labels. The student sees V views (crops) of an image: 2 large
-ones, called global, and L small ones, called local. The teacher sees only the Q = 2 global views. From a whole view,
-the student learns to predict the teacher's output for another view of the same image: the image loss. This is DINO.
-From every patch, the student also learns to predict the teacher's output for the matching patch of that view: the patch
-loss. Which patch matches? `geometric`: the patch that shows the same place of the image. `similarity` (EsViT): the
-patch with the most similar features. `none`: there is no patch loss, and the method is DINO.
+A student network learns without labels from a teacher, an exponential moving average (EMA) of its own weights. The
+student sees V views (crops) of an image: 2 large ones, called global, and L small ones, called local. The teacher sees
+only the Q = 2 global views. From a whole view, the student learns to predict the teacher's output for another view of
+the same image: the image loss. This is DINO. From every patch, it also learns to predict the teacher's output for the
+matching patch of the other view: the patch loss. Which patch matches? `geometric`: the patch that shows the same place
+of the image. `similarity` (EsViT): the patch with the most similar features. `none`: there is no patch loss, and the
+method is DINO.
 
-    B       images in the batch of one process       C    width of the backbone's features
-    V, Q    student views, teacher views             N    patches of one view (grid rows x cols, row-major)
-    D       width of a head's bottleneck z           K    output dimension of a head ("prototypes")
+    B       images in the batch of one process       N    patches of one view (grid rows x cols, row-major)
+    V, Q    student views, teacher views             C    width of the backbone's features
+    v       views of one size: 2 or L                D    width of a head's bottleneck z
+    M       crops, v * B of them                     K    output dimension of a head ("prototypes")
     box     where a view was cropped: (top, left, height, width, flip), pixels of the original image
 
 Read from top to bottom: options, views, networks, loss, training. After "the paper ends here" come processes and
@@ -70,7 +72,7 @@ class Option(NamedTuple):
     def flag(self):
         return "--" + self.name.replace("_", "-")
 
-ANY = (0, 1e9)
+NOT_NEGATIVE = (0, 1e9)
 FRACTION = (1e-9, 1)
 WORKERS = min(os.cpu_count() or 1, 10)
 OPTIONS = (
@@ -86,7 +88,7 @@ OPTIONS = (
     # networks
     Option("arch", "conv_tiny", "swin_t", ARCHS, "backbone: " + ", ".join(ARCHS)),
     Option("patch_size", 8, 16, (1, 999), "patch size of a ViT, pixels"),
-    Option("drop_path", 0.0, -1.0, (-1, 0.999), "student's stochastic depth; -1: 0.2 for swin_s and swin_b, else 0.1"),
+    Option("drop_path", 0.0, -1.0, (-1, 0.999), "student's stochastic depth; -1: 0.2 for swin_s, swin_b, else 0.1"),
     Option("out_dim", 256, 65536, (2, 1e9), "K, output dimension of a head"),
     Option("head_hidden", 128, 2048, (1, 1e6), "hidden width of a head"),
     Option("head_bottleneck", 64, 256, (1, 1e6), "D, width before the last layer of a head"),
@@ -98,17 +100,17 @@ OPTIONS = (
     Option("hinge", True, True, None, "geometric matching: mask patches without a teacher patch close by"),
     Option("teacher_temp", 0.04, 0.07, (1e-6, 1e6), "teacher temperature"),
     Option("warmup_teacher_temp", 0.04, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
-    Option("warmup_teacher_temp_epochs", 0, 30, ANY, "epochs of linear warm-up of the teacher temperature"),
+    Option("warmup_teacher_temp_epochs", 0, 30, NOT_NEGATIVE, "epochs of linear warm-up of the teacher temperature"),
     # optimisation
     Option("epochs", 10, 300, (1, 1e9), "passes over the data"),
     Option("batch_size", 32, 256, (1, 1e6), "images per step, over all processes"),
     Option("lr", 1.6e-2, 5e-4, (0, 1e6), "learning rate per 256 images of the batch"),
     Option("min_lr", 1e-6, 1e-6, (0, 1e6), "learning rate at the end (cosine)"),
-    Option("warmup_epochs", 1.0, 10.0, ANY, "linear warm-up of the learning rate"),
+    Option("warmup_epochs", 1.0, 10.0, NOT_NEGATIVE, "linear warm-up of the learning rate"),
     Option("weight_decay", 0.04, 0.04, (0, 1e6), "weight decay at the start"),
     Option("weight_decay_end", 0.4, 0.4, (0, 1e6), "weight decay at the end (cosine)"),
-    Option("clip_grad", 3.0, 3.0, ANY, "largest gradient norm of each parameter; 0: no clipping"),
-    Option("freeze_last_layer", 0, 1, ANY, "epochs in which the last layer of the heads is frozen"),
+    Option("clip_grad", 3.0, 3.0, NOT_NEGATIVE, "largest gradient norm of each parameter; 0: any"),
+    Option("freeze_last_layer", 0, 1, NOT_NEGATIVE, "epochs in which the last layer of the heads is frozen"),
     Option("teacher_momentum", 0.99, 0.996, (0, 1), "momentum of the EMA teacher at the start (cosine to 1)"),
     Option("seed", 0, 0, (0, 2 ** 32), "random seed"),
     # the run: these may change when it is resumed
@@ -116,14 +118,13 @@ OPTIONS = (
     Option("resume", True, True, None, "resume from OUTPUT/checkpoint.pt if it exists", True),
     Option("save_every", 1, 1, (1, 1e9), "epochs between checkpoints", True),
     Option("eval_every", -1, -1, (-1, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0", True),
-    Option("max_steps", 0, 0, ANY, "stop after this many steps; the schedules still follow --epochs; 0: do not", True),
+    Option("max_steps", 0, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all", True),
     Option("workers", WORKERS, WORKERS, (0, 999), "DataLoader workers per process", True),
     Option("precision", "auto", "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype", True),
     Option("compile", False, False, None, "torch.compile the networks", True),
     Option("impl", "auto", "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py", True),
     Option("device", "auto", "auto", ("auto", "cpu", "cuda"), "auto: cuda if available", True),
 )
-
 
 # ------------------------------------------------------------------------------------------------ views and boxes
 
@@ -138,12 +139,12 @@ class Views(NamedTuple):
     solarise: torch.Tensor          # (v,) True: invert the pixels above one half
 
 def crop_views(image, cfg):
-    """One image (3, H, W) uint8 -> [global Views, local Views (if any)]. This is all that a DataLoader worker does."""
-    large = [draw_view(image, cfg.global_size, cfg.global_scale, cfg.blur_sigma, blur_p, solarise_p)
-             for blur_p, solarise_p in ((1.0, 0.0), (0.1, 0.2))]
-    small = [draw_view(image, cfg.local_size, cfg.local_scale, cfg.blur_sigma, blur_p=0.5, solarise_p=0.0)
-             for _ in range(cfg.local_views)]
-    return [Views(*map(torch.stack, zip(*views))) for views in (large, small) if views]
+    """One image (3, H, W) uint8 -> [global Views, local Views (if any)]. DataLoader workers do no more."""
+    global_views = [draw_view(image, cfg.global_size, cfg.global_scale, cfg.blur_sigma, blur_p, solarise_p)
+                    for blur_p, solarise_p in ((1.0, 0.0), (0.1, 0.2))]
+    local_views = [draw_view(image, cfg.local_size, cfg.local_scale, cfg.blur_sigma, blur_p=0.5, solarise_p=0.0)
+                   for _ in range(cfg.local_views)]
+    return [Views(*map(torch.stack, zip(*views))) for views in (global_views, local_views) if views]
 
 def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
     """One view, drawn from torch's random generator with DINO's distribution: `Views` without the axis v."""
@@ -168,9 +169,9 @@ def augment(views, max_sigma):
     Returns: (v, B, 3, S, S) float32, normalised.
     """
     B, v = views.crops.shape[:2]
-    views = Views(*(field.transpose(0, 1).flatten(0, 1) for field in views))                # (v*B, ...)
+    views = Views(*(field.transpose(0, 1).flatten(0, 1) for field in views))                # (M, ...)
     flip, grey, solarise = (flag[:, None, None, None] > 0 for flag in (views.boxes[:, 4], views.grey, views.solarise))
-    x = views.crops.float() / 255                                                           # (v*B, 3, S, S)
+    x = views.crops.float() / 255                                                           # (M, 3, S, S)
     x = torch.where(flip, x.flip(-1), x)
     x = jitter_colours(x, views.jitter, views.order)
     x = torch.where(grey, TF.rgb_to_grayscale(x), x)
@@ -179,9 +180,9 @@ def augment(views, max_sigma):
     return normalise(x).unflatten(0, (v, B))
 
 def jitter_colours(x, factors, order):
-    """Brightness, contrast, saturation and hue of x (N, 3, H, W) by factors (N, 4), in each image's order (N, 4)."""
-    for op in order.T:                                                                      # (N,) 0, 1, 2 or 3
-        factor = factors.gather(1, op[:, None])[:, :, None, None]                           # (N, 1, 1, 1)
+    """Brightness, contrast, saturation and hue of x (M, 3, H, W) by factors (M, 4), in each image's order (M, 4)."""
+    for op in order.T:                                                                      # (M,) 0, 1, 2 or 3
+        factor = factors.gather(1, op[:, None])[:, :, None, None]                           # (M, 1, 1, 1)
         op = op[:, None, None, None]
         grey = TF.rgb_to_grayscale(x)
         # the first three blend the image with something: with black, with its mean grey, with its own grey
@@ -191,8 +192,8 @@ def jitter_colours(x, factors, order):
     return x
 
 def shift_hue(x, shift):
-    """Rotate the hue of x (N, 3, H, W) in [0, 1] by shift (N,), in full circles: RGB -> HSV -> RGB."""
-    value = x.amax(1)                                                                       # (N, H, W)
+    """Rotate the hue of x (M, 3, H, W) in [0, 1] by shift (M,), in full circles: RGB -> HSV -> RGB."""
+    value = x.amax(1)                                                                       # (M, H, W)
     chroma = value - x.amin(1)
     r, g, b = x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
@@ -201,22 +202,21 @@ def shift_hue(x, shift):
     hue = hue + 6 * shift[:, None, None]
     # back to RGB: k is the hue, shifted so that each channel has its maximum, value, from k = 4 to 6 and its minimum,
     # value - chroma, from k = 1 to 3, with linear ramps between them
-    k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6                                     # (N, 3, H, W)
+    k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6                                     # (M, 3, H, W)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def blur(x, sigma, radius):
-    """Gaussian blur of x (N, 3, H, W) with a sigma (N,) per image: a convolution along rows, one along columns."""
+    """Gaussian blur of x (M, 3, H, W) with a sigma (M,) per image: a convolution along rows, one along columns."""
     taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2, dim=1)      # (N, taps)
-    kernel = kernel.repeat_interleave(3, 0)[:, None, None]                                  # (3N, 1, 1, taps)
-    padded = F.pad(x.flatten(0, 1)[None], [radius] * 4, "reflect")                          # (1, 3N, H + 2r, W + 2r)
+    kernel = torch.softmax(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2, dim=1)      # (M, taps)
+    kernel = kernel.repeat_interleave(3, 0)[:, None, None]                                  # (3M, 1, 1, taps)
+    padded = F.pad(x.flatten(0, 1)[None], [radius] * 4, "reflect")                          # (1, 3M, H + 2r, W + 2r)
     rows = F.conv2d(padded, kernel, groups=len(kernel))
     return F.conv2d(rows, kernel.mT, groups=len(kernel)).view_as(x)
 
 def normalise(x):
-    """x (N, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
+    """x (M, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
     return torch.stack([(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)], 1)
-
 
 # ------------------------------------------------------------------------------------------------ networks
 
@@ -230,7 +230,7 @@ class SwinAttention(ShiftedWindowAttention):
     """Shifts its window also on grids that are not larger than the window, as the official Swin does (and torchvision's
     does not). This matters for local views: at 96 px the third stage has 6 x 6 patches and windows of 7 x 7."""
 
-    def forward(self, x):                                                                   # (N, rows, cols, C)
+    def forward(self, x):                                                                   # (M, rows, cols, C)
         rows, cols = x.shape[1:3]
         window, shift = self.window_size[0], self.shift_size[0]
         if shift == 0 or max(rows, cols) > window:
@@ -247,7 +247,8 @@ class SwinAttention(ShiftedWindowAttention):
         return x[:, :rows, :cols]
 
 class Backbone(nn.Module):
-    """torchvision's `arch` without its classifier. forward: x (N, 3, H, W) -> image (N, C), patches (N, P, C)."""
+    """torchvision's `arch` without its classifier (conv_tiny: five convolutions). forward: x (M, 3, H, W) -> image
+    (M, C), the class token of a ViT or else the mean of the patches; patches (M, N, C)."""
 
     def __init__(self, arch, image_size=224, patch_size=16, drop_path=0.0):
         super().__init__()
@@ -296,21 +297,21 @@ class Backbone(nn.Module):
     def forward(self, x):
         net = self.net
         if self.arch.startswith("vit"):
-            x = net.conv_proj(x)                                                            # (N, C, rows, cols)
-            position = self.position_embedding(*x.shape[2:])                                # (1, 1 + P, C)
+            x = net.conv_proj(x)                                                            # (M, C, rows, cols)
+            position = self.position_embedding(*x.shape[2:])                                # (1, 1 + N, C)
             x = torch.cat([net.class_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + position
-            x = net.encoder.ln(net.encoder.layers(x))                                       # (N, 1 + P, C)
+            x = net.encoder.ln(net.encoder.layers(x))                                       # (M, 1 + N, C)
             return x[:, 0], x[:, 1:]
         if self.arch.startswith("swin"):
-            patches = net.norm(net.features(x)).flatten(1, 2)                               # (N, P, C)
+            patches = net.norm(net.features(x)).flatten(1, 2)                               # (M, N, C)
         else:
             for layer in net.children():
-                x = layer(x)                                                                # (N, C, rows, cols)
+                x = layer(x)                                                                # (M, C, rows, cols)
             patches = x.flatten(2).mT
         return patches.mean(1), patches
 
     def position_embedding(self, rows, cols):
-        """The ViT's position embedding (1, 1 + P, C), its grid resized to rows x cols."""
+        """The ViT's position embedding (1, 1 + N, C), its grid resized to rows x cols."""
         embedding = self.net.encoder.pos_embedding
         side = math.isqrt(embedding.shape[1] - 1)
         if (rows, cols) == (side, side):
@@ -349,7 +350,7 @@ class Outputs(NamedTuple):
     patch_weight: torch.Tensor      # (K, D) last layer of the patch head; None without one
 
 class Network(nn.Module):
-    """Backbone, image head and (unless matching is none) patch head. Student and teacher are one of these each."""
+    """Backbone, image head and (unless matching is none) patch head. The student is one, the teacher another."""
 
     def __init__(self, cfg, drop_path=0.0):
         super().__init__()
@@ -369,7 +370,6 @@ class Network(nn.Module):
         patch_weight = self.patch_head.weight() if self.patch_head is not None else None
         return Outputs(torch.cat(image_z), patch_z, features, self.image_head.weight(), patch_weight)
 
-
 # ------------------------------------------------------------------------------------------------ the loss
 
 def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
@@ -382,16 +382,16 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     T = softmax((teacher logits - centre) / teacher_temp), S = softmax(student logits / 0.1), CE(t, s) = -sum t * log s.
     A pair is a teacher view q and another student view v of the same image. m(n) is the teacher patch that matches
     student patch n. With geometric matching, it is the patch whose midpoint is nearest in the image. w_n is 1 if the
-    two midpoints are closer than half the diagonal of the larger of the two patches. Otherwise n is masked: w_n is 0,
-    but n still counts in the mean. See `geometric_matches`. With similarity matching, w_n is always 1.
+    two midpoints are closer than half the diagonal of the larger of the two patches, or without `hinge`. Otherwise n
+    is masked: w_n is 0, but n still counts in the mean. See `geometric_matches`. With similarity matching, w_n is 1.
 
-    The centre is a running mean of the teacher's logits. Without it, one prototype could win for every image. The low
-    teacher temperature prevents the other collapse, that all prototypes win alike.
+    The centre is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
+    for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
 
     Args:
         student, teacher: Outputs for all V views, and for the Q = 2 global ones.
-        centers: (2, K), of the image head and of the patch head. boxes: (V, B, 5).
-        grids: (rows, cols) of the patches, per size of view.
+        centers: (2, K), of the image head and of the patch head (K,) each; with matching none (1, K).
+        boxes: (V, B, 5). grids: (rows, cols) of the patches, per size of view. impl: see matching_kernels.py.
     """
     pairs = 2 * (len(student.image_z) - 1)          # each of the 2 teacher views with all views but itself
     common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
@@ -400,13 +400,13 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     if matching == "none":
         return image_loss, image_loss, torch.zeros_like(image_loss)
     if matching == "geometric":
-        matches = dict(student_boxes=boxes, student_grid=grids[:len(student.patch_z)],
-                       teacher_boxes=boxes[:2], teacher_grid=grids[0], hinge=hinge)
+        match_by = dict(student_boxes=boxes, student_grid=grids[:len(student.patch_z)],
+                        teacher_boxes=boxes[:2], teacher_grid=grids[0], hinge=hinge)
     else:
-        matches = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])      # (v, Q, B, N)
-                              for features in student.features])
+        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])     # (v, Q, B, N)
+                               for features in student.features])
     patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
-                                    centers[1], **matches, **common) / pairs
+                                    centers[1], **match_by, **common) / pairs
     return (image_loss + patch_loss) / 2, image_loss, patch_loss
 
 @torch.no_grad()
@@ -417,7 +417,6 @@ def mean_logits(teacher):
     if teacher.patch_z:
         means.append(teacher.patch_weight @ teacher.patch_z[0].mean((0, 1, 2)))
     return torch.stack(means)
-
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -435,7 +434,7 @@ def teacher_temp_at(epoch, cfg):
     return cfg.warmup_teacher_temp + progress * (cfg.teacher_temp - cfg.warmup_teacher_temp)
 
 def clip_gradients(parameters, max_norm):
-    """Scale the gradient of each parameter to at most max_norm (0: do not). Returns: their total norm, before."""
+    """Scale the gradient of each parameter to at most max_norm (0: any norm). Returns: their total norm, before."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if max_norm:
@@ -443,8 +442,8 @@ def clip_gradients(parameters, max_norm):
     return norms.norm()
 
 def load_batch(batches, device, cfg):
-    """The next batch on the device, or None. Returns: the augmented views, a list with one tensor (v, B, 3, S, S) per
-    size; boxes (V, B, 5); the numbers of the images that could not be read; the seconds waited for the DataLoader."""
+    """The next batch on the device, None after the last. Returns: the augmented views, a list with one (v, B, 3, S, S)
+    per size; boxes (V, B, 5); the indices of images that could not be read; the seconds waited for the DataLoader."""
     began = time.perf_counter()
     views, unreadable = next(batches, (None, None))
     waited = time.perf_counter() - began
@@ -458,10 +457,11 @@ def load_batch(batches, device, cfg):
 def train(cfg):
     """Train a student and its EMA teacher; under torchrun, as one of several processes. Returns the exit code.
 
-    A resumed run ends with the same bits as an uninterrupted one, for one reason: every random draw is a function of
-    the seed and of what it is drawn for. The order of the images depends on seed and epoch, the views of an image on
-    seed, epoch and image, stochastic depth on seed, step and process. So a checkpoint holds no state of a random
-    generator. It holds the step, the networks, the optimizer and the centres.
+    A resumed run ends with the same bits as an uninterrupted one, because every random draw is a function of the seed
+    and of what it is drawn for. The order of the images depends on seed and epoch. The views of an image depend on
+    seed, epoch and image. Stochastic depth depends on seed, step and process. So a checkpoint holds no state of a
+    random generator. It holds the step, networks, optimizer, scaler and centres. (The same bits need the same machine,
+    the same number of processes and threads, and operations that repeat their bits, as those of the CPU do.)
     """
     rank, world, device = start_processes(cfg)
     images = load_images(cfg.data, "train", cfg.data_fraction)
@@ -487,21 +487,22 @@ def train(cfg):
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "decay": 1},     # weights
                                    {"params": [p for p in parameters if p.ndim <= 1], "decay": 0}],   # biases, norms
                                   lr=0, weight_decay=0, fused=True)
-    # the compute dtype of the networks; weights, EMA teacher, loss and centres are float32 in any case
+    # the networks compute in this dtype; the weights of both, the loss and the centres are float32 in any case
     precision = cfg.precision
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
-    grids = [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in (cfg.global_size, cfg.local_size)]
+    sizes = [cfg.global_size, cfg.local_size] if cfg.local_views else [cfg.global_size]
+    grids = [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in sizes]                  # rows, cols
 
     modules = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
-    settings = dict(vars(cfg), images=[len(images), zlib.crc32(np.ascontiguousarray(images.items))])
-    start = resume(cfg, modules, centers, settings)
+    options = dict(vars(cfg), images=[len(images), zlib.crc32(np.ascontiguousarray(images.items))])
+    start = resume(cfg, modules, centers, options)
     if all_mean(torch.tensor(start, dtype=torch.float64, device=device)).item() != start:
         raise BadInput(f"--output {cfg.output}: the processes see different checkpoints; the folder must be shared")
-    loaded = f", weights from {initialise(cfg, student, teacher)}" if cfg.init_from and start == 0 else ""
+    source = initialise(cfg, student, teacher) if cfg.init_from and start == 0 else ""
     if cfg.eval_every:
         import eval_knn                                     # here, since it imports this file
         labelled = eval_knn.labelled(cfg.data, cfg.data_fraction)
@@ -512,16 +513,16 @@ def train(cfg):
     ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
     log = Log(cfg, rank, start, stop_at)
-    log.say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}{loaded}; {len(images)} images "
+    log.say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}{source}; {len(images)} images "
             f"of {images.root}: {steps} steps of {cfg.batch_size} images, from step {start}; output in {cfg.output}/")
     if cfg.preset == "paper" and device.type == "cpu":
-        log.say("no GPU found: --preset paper takes minutes per step; try --preset small")
+        log.say("on a CPU, --preset paper takes minutes per step; try --preset small")
     signals = stop_on_signal(world)
     batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
     done = start
     saved = True
     sums = Counter()                                        # over the epoch, for the log
-    named = set()                                           # images that could not be read and were reported
+    reported = set()                                        # images that could not be read
     began = time.perf_counter()                             # of the step
     batch = load_batch(batches, device, cfg)
     for step in range(start, stop_at):
@@ -546,7 +547,7 @@ def train(cfg):
             student_out, teacher_out, centers, boxes, grids, teacher_temp=teacher_temp, matching=cfg.matching,
             hinge=cfg.hinge, impl=cfg.impl)
 
-        # 2. gradients: backward, where DDP averages them over the processes; then freeze and clip
+        # 2. gradients: backward, where DDP averages them over the processes; then freeze, and clip in true scale
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -557,10 +558,10 @@ def train(cfg):
 
         # 3. agree with the other processes before anything changes: all get the same means, so a NaN in one of them
         # ends the run in all, and a signal to one of them stops all
-        new_centers = all_mean(mean_logits(teacher_out))
+        batch_center = all_mean(mean_logits(teacher_out))
         counts = torch.tensor([len(signals), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
         shared = all_mean(torch.cat([image_loss.detach()[None], patch_loss.detach()[None], counts]))
-        numbers = torch.cat([shared, new_centers.sum()[None], grad_norm[None]])
+        numbers = torch.cat([shared, batch_center.sum()[None], grad_norm[None]])
         # tolist() waits until the GPU has done all this; so load the next batch first, while the GPU is busy
         batch = load_batch(batches, device, cfg)
         image_value, patch_value, stop, unread, center_value, norm_value = numbers.tolist()
@@ -572,19 +573,19 @@ def train(cfg):
                     "unchanged; a lower --lr may help", file=sys.stderr)
             return 1
 
-        # 4. update: the student, then the centres (used from the next step on), then the EMA teacher
+        # 4. update: the student; the centres, used from the next step on; the EMA teacher, by the student's new weights
         scaler.step(optimizer)
         scaler.update()
-        centers.lerp_(new_centers, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # the teacher's batch norm statistics are its own
+        centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
+        with torch.no_grad():                               # parameters only: batch norm statistics are its own
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
         done = step + 1
         epoch_ended = done % steps_per_epoch == 0
-        for i in set(unreadable) - named:
+        for i in set(unreadable) - reported:
             print(f"cannot be read, replaced by another image: {images.name(i)}", flush=True)
-        named |= set(unreadable)
+        reported |= set(unreadable)
         sums.update(steps=1, seconds=time.perf_counter() - began, waiting=waited, unreadable=round(unread * world),
                     loss_image=image_value, loss_patch=patch_value, grad_norm=norm_value)
         if sums["unreadable"] > max(1, steps_per_epoch * cfg.batch_size // 100):
@@ -595,8 +596,10 @@ def train(cfg):
             if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
                 record["knn"] = eval_knn.top1_of_20nn(teacher.backbone, labelled, cfg, device, rank, world)
             log.report(record, sums, epoch_ended, run_ended=done == stop_at)
+        if epoch_ended:
+            sums.clear()
         if stop or done == stop_at or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
-            saved = save(cfg, modules, centers, done, settings, rank, log)
+            saved = save(cfg, modules, centers, done, options, rank, log)
         if stop:
             break
         began = time.perf_counter()
@@ -610,7 +613,6 @@ def train(cfg):
 
 
 # ======================================================================================= the paper ends here
-# What follows is not the method: arguments, processes and signals, images, checkpoints, log, main.
 
 NAMED_SETS = ("shapes", "cifar10")
 STOPPED = 75                        # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
@@ -623,8 +625,6 @@ def blame(what):
     """Any error in this block becomes a BadInput that begins with `what`, the flag or file at fault."""
     try:
         yield
-    except BadInput:
-        raise
     except Exception as error:                              # decoders and torch.load raise all kinds
         raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
@@ -652,15 +652,6 @@ def parse_arguments(argv=None):
     preset = given.get("preset") or ("small" if given.get("data", "shapes") in NAMED_SETS else "paper")
     defaults = {option.name: getattr(option, preset) for option in OPTIONS}
     cfg = argparse.Namespace(**dict(preset=preset) | defaults | given)
-    check_arguments(cfg)
-    if cfg.drop_path < 0:
-        cfg.drop_path = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
-    if cfg.eval_every < 0:
-        cfg.eval_every = 1 if cfg.data == "shapes" else 0
-    return cfg
-
-def check_arguments(cfg):
-    """Raises BadInput for options out of range, or that do not fit each other or this machine."""
     for option in OPTIONS:
         values = np.atleast_1d(getattr(cfg, option.name))
         if values.dtype.kind in "if":
@@ -677,7 +668,12 @@ def check_arguments(cfg):
         raise BadInput(f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}")
     triton = cfg.impl == "triton" and os.getenv("TRITON_INTERPRET") != "1"
     if (cfg.device == "cuda" or cfg.precision == "fp16" or triton) and not gpu:
-        raise BadInput("--device cuda, --precision fp16 and --impl triton need a CUDA GPU, and torch finds none")
+        raise BadInput("--device cuda, --precision fp16 and --impl triton need a CUDA GPU")
+    if cfg.drop_path < 0:
+        cfg.drop_path = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
+    if cfg.eval_every < 0:
+        cfg.eval_every = 1 if cfg.data == "shapes" else 0
+    return cfg
 
 def start_processes(cfg):
     """Join the other processes of torchrun, if there are any. Returns: rank, number of processes, device."""
@@ -701,7 +697,7 @@ def all_mean(x):
 
 def stop_on_signal(world):
     """From now on, SIGTERM and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one comes.
-    With one process, a second one ends the program at once. (torchrun passes each Ctrl-C on a second time.)"""
+    A second signal ends the program at once, but not under torchrun, which passes each Ctrl-C on a second time."""
     received = []
 
     def request(number, frame):
@@ -717,11 +713,10 @@ def stop_on_signal(world):
 
 def ignore_signals(worker):
     """In a DataLoader worker: a signal to the whole job is for the main process, which needs this worker for the rest
-    of the step. The worker may not ignore SIGTERM for ever, since Python uses it to end workers. So it goes on for 30
-    seconds; then the alarm ends it."""
+    of the step. But Python ends workers by SIGTERM when a program exits. So the worker goes on for 30 seconds; then
+    the alarm ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
-
 
 # ------------------------------------------------------------------------------------------------ images
 
@@ -739,7 +734,7 @@ def decode(path):
 class Images:
     """A labelled set of images: pixels in memory, or files in a folder.
 
-    File names are one array of bytes. As a list of a million str, every DataLoader worker would get its own copy.
+    File names are one array of bytes: every DataLoader worker would get its own copy of a list of a million str.
     """
     items: np.ndarray                                       # (n, H, W, 3) uint8, or (n,) file names
     labels: np.ndarray                                      # (n,)
@@ -757,7 +752,7 @@ class Images:
         return decode(self.name(i)) if self.items.ndim == 1 else torch.from_numpy(self.items[i]).permute(2, 0, 1)
 
 def load_images(data, split, fraction=1.0, must_split=False):
-    """The `Images` of --data: a built-in set, or a folder, of which only `split`/ is used if it exists (or must)."""
+    """The `Images` of --data: a built-in set, or a folder. Of a folder that holds `split`/, only that is used."""
     if data == "shapes":
         images = Images(*draw_shapes(2400 if split == "train" else 1200, seed=("train", "val").index(split)), data)
     elif data == "cifar10":
@@ -790,7 +785,7 @@ def load_folder(data, split, must_split):
         names += [os.path.relpath(os.path.join(folder, name), os.fsencode(root)) for name in files
                   if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(b".")]
         mixed = {b"train", b"val", b"valid", b"validation", b"test"} & {name.lower() for name in folders}
-        if split == "train" and mixed:
+        if split == "train" and root.name != "train" and mixed:
             raise BadInput(f"--data {data}: would also train on {os.fsdecode(min(mixed))}/; give a folder that holds "
                            "train/ and val/, or the folder of training images itself")
     if not names:
@@ -850,17 +845,20 @@ class ViewDataset(torch.utils.data.Dataset):
         epoch, i = key
         rng = np.random.default_rng((self.cfg.seed, epoch, i))
         seed = int(rng.integers(2 ** 62))
-        image = torch.zeros(3, 64, 64, dtype=torch.uint8)   # if all attempts fail, `train` ends the run
+        unreadable = -1
         for attempt in (i, *rng.integers(len(self.images), size=20).tolist()):
-            with contextlib.suppress(Exception):            # decoders raise all kinds of errors for broken files
+            try:
                 image = self.images.read(attempt)
                 break
+            except Exception:                               # decoders raise all kinds of errors for broken files
+                unreadable = i
+                image = torch.zeros(3, 64, 64, dtype=torch.uint8)       # the last resort; `train` counts i in any case
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)       # torch.manual_seed would initialise the GPU
-            return crop_views(image, self.cfg), -1 if attempt == i else i
+            torch.default_generator.manual_seed(seed)       # torch.manual_seed would seed a GPU, too
+            return crop_views(image, self.cfg), unreadable
 
 def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
-    """Batches of this process for these steps. All processes together get the same images however many they are."""
+    """Batches of this process for these steps. All processes together get the same images whatever their number."""
     @functools.lru_cache(maxsize=1)
     def order(epoch):
         return np.random.default_rng((cfg.seed, epoch)).permutation(len(images))
@@ -876,27 +874,25 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
                                        pin_memory=cfg.device != "cpu" and torch.cuda.is_available(),
                                        worker_init_fn=ignore_signals)
 
-
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def load_file(path, flag):
     """A checkpoint as data: no code in it is run. Raises BadInput for a file that is not a complete checkpoint."""
     if not Path(path).exists():
         raise BadInput(f"{flag} {path}: file not found")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):            # in the official checkpoints
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                       # torch raises many kinds for a foreign file
-        content = None
+    content = None
+    safe_globals = torch.serialization.safe_globals([argparse.Namespace])       # in the official checkpoints
+    with contextlib.suppress(Exception), safe_globals:      # torch raises many kinds for a foreign file
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise BadInput(f"{flag} {path}: damaged, not a checkpoint, or one that would run code when loaded")
     return content
 
-def resume(cfg, modules, centers, settings):
+def resume(cfg, modules, centers, options):
     """Load OUTPUT/checkpoint.pt, if it exists. Returns: the first step to do.
 
-    settings: the options, and a checksum of the images. Only the options marked as resumable may differ from those of
-    the checkpoint; else the results would. Raises BadInput.
+    options: those of this run, and a checksum of the images (pixels, or file names). Only options marked as resumable
+    may differ from the checkpoint's; some of them change last bits. Raises BadInput.
     """
     path = Path(cfg.output, "checkpoint.pt")
     if not cfg.resume or not path.exists():
@@ -904,12 +900,12 @@ def resume(cfg, modules, centers, settings):
     content = load_file(path, "--output")
     before = content.get("options", {})
     new_run = "to start a new run, give another --output or --no-resume"
-    if before.get("images") != settings["images"]:
+    if before.get("images") != options["images"]:
         raise BadInput(f"--data {cfg.data}: not the images of {path} ({before.get('data')}); {new_run}")
     free = {option.name for option in OPTIONS if option.resumable} | {"data"}
-    for name in settings:
-        if name not in free and before.get(name) != settings[name]:
-            raise BadInput(f"--{name.replace('_', '-')}: {settings[name]} here, but {path} was made with "
+    for name in options:
+        if name not in free and before.get(name) != options[name]:
+            raise BadInput(f"--{name.replace('_', '-')}: {options[name]} here, but {path} was made with "
                            f"{before.get(name)}; {new_run}" + f", and --init-from {path}" * (name == "epochs"))
     with blame(f"--output {path}: was not written by this gld.py"):
         for name, module in modules.items():
@@ -932,11 +928,11 @@ def initialise(cfg, student, teacher):
         with blame(f"--init-from {cfg.init_from}: a {backbone.arch} does not fit --arch {cfg.arch} or --patch-size"):
             network.backbone.net.load_state_dict(state)
         heads = {key: x for key, x in content.get(name, {}).items() if "_head." in key}
-        own = {key: x for key, x in network.state_dict().items() if "_head." in key}
-        fit = {key: x.shape for key, x in heads.items()} == {key: x.shape for key, x in own.items()}
+        own = {key: x.shape for key, x in network.state_dict().items() if "_head." in key}
+        fit = own == {key: x.shape for key, x in heads.items()}
         if fit:
             network.load_state_dict(heads, strict=False)
-    return f"{cfg.init_from} ({'with its heads' if fit else 'backbone only, new heads'})"
+    return f" from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
 
 def replace_file(path, write):
     """Replace a file by what write(file) writes, but only when that is complete and on disk. Raises OSError."""
@@ -950,13 +946,13 @@ def replace_file(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-def save(cfg, modules, centers, step, settings, rank, log):
+def save(cfg, modules, centers, step, options, rank, log):
     """Write checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked. If not (the disk is full,
     say), training can go on."""
     failed = torch.zeros(1, device=centers.device)
     if rank == 0:
         content = {name: module.state_dict() for name, module in modules.items()}
-        content |= dict(centers=centers, step=step, options=settings)
+        content |= dict(centers=centers, step=step, options=options)
         backbone = {name: x.cpu() for name, x in modules["teacher"].backbone.net.state_dict().items()}
         try:
             os.makedirs(cfg.output, exist_ok=True)
@@ -968,12 +964,11 @@ def save(cfg, modules, centers, step, settings, rank, log):
             failed += 1
     return not all_mean(failed).item()
 
-
 # ------------------------------------------------------------------------------------------------ log
 
 @torch.no_grad()
 def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
-    """Measures that tell a healthy run from a collapsed one."""
+    """Measures of the last batch of this process that tell a healthy run from a collapsed one."""
     logits = teacher.image_z @ teacher.image_weight.T - centers[0]
     log_p = F.log_softmax(logits / teacher_temp, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
@@ -981,9 +976,10 @@ def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
     spread = 1 - z.mean(0).square().sum().item()            # the variance of z: 0 if all images give the same
     matched = float(cfg.matching == "similarity")           # the share of patches that are not masked
     if cfg.matching == "geometric":
-        large, small = boxes[:2], boxes[2:]
-        weights = [geometric_matches(large.flip(0), large, grids[0], grids[0], cfg.hinge)[1],
-                   geometric_matches(small[:, None], large[None], grids[1], grids[0], cfg.hinge)[1]]
+        first, second, *_ = boxes
+        weights = [geometric_matches(first, second, grids[0], grids[0], cfg.hinge)[1],
+                   geometric_matches(second, first, grids[0], grids[0], cfg.hinge)[1],
+                   geometric_matches(boxes[2:, None], boxes[:2], grids[-1], grids[0], cfg.hinge)[1]]
         matched = torch.cat([w.flatten() for w in weights]).mean().item()
     return dict(matched=matched, entropy=entropy, center_norm=centers[0].norm().item(), spread=spread)
 
@@ -1019,7 +1015,7 @@ class Log:
             print(message, file=file, flush=True)
 
     def report(self, record, sums, epoch_ended, run_ended):
-        """Print the record and the means over the epoch so far; at its end or the run's, add them to log.jsonl."""
+        """Print the record and the means over the epoch so far; at the end of epoch or run, add them to log.jsonl."""
         self.reported = time.perf_counter()
         speed = sums["steps"] * self.cfg.batch_size / sums["seconds"]
         record |= {name: sums[name] / sums["steps"] for name in ("loss_image", "loss_patch", "grad_norm")}
@@ -1032,14 +1028,12 @@ class Log:
                  "waiting for data, GPU {gpu_gib:.1f} GiB, {left} left".format(**record, knn_text=knn, left=left))
         if not epoch_ended and not run_ended:
             return
-        sums.clear()
         self.records.append(record)
         self.say(signs_of_collapse(self.records, self.cfg, run_ended))
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         if self.rank == 0:
             with contextlib.suppress(OSError):              # the disk may be full: `save` says so
                 replace_file(self.path, lambda file: file.write(lines.encode()))
-
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -1059,7 +1053,7 @@ def run_script(script, work):
         print(f"{script}: interrupted", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()       # here, and not by Python at the exit: so the DataLoader ends its workers
+        traceback.print_exc()       # here: Python's own would keep the DataLoader, and its workers, until it exits
         return 1
 
 def main(argv=None):

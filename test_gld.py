@@ -1179,7 +1179,7 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
 
 @pytest.mark.parametrize("parts,data,refused", [
     (("Train", "Val"), "", True), (("imagenet/train", "imagenet/val"), "", True), (("val",), "", True),
-    (("TEST", "a"), "", True), (("train", "val"), "", False), (("train", "val"), "train", False),
+    (("TEST", "a"), "", True), (("train/test",), "", False), (("train", "val"), "", False), (("train", "val"), "train", False),
     (("train", "val"), "val", False)])
 def test_validation_images_are_not_trained_on(tmp_path, parts, data, refused):
     for part in parts:
@@ -1769,7 +1769,7 @@ def test_the_paper_preset_and_its_defaults(tmp_path):
     save_pictures(tmp_path / "data", 20)
     options = "--arch conv_tiny --global-size 32 --local-size 16 --preset paper --max-steps 1"
     done = train_ok(f"--data data --data-fraction 1 {options} --output a", tmp_path)
-    assert ("no GPU found: --preset paper takes minutes" in done.stdout) == (DEVICE == "cpu")
+    assert ("on a CPU, --preset paper takes minutes" in done.stdout) == (DEVICE == "cpu")
     assert "20 images of data" in done.stdout
     small, paper = config(), config("--data", tmp_path / "data")
     assert (small.preset, small.batch_size, small.drop_path, small.eval_every) == ("small", 32, 0, 1)
