@@ -1839,8 +1839,7 @@ def test_knn_equals_the_definition_in_float64(queries, monkeypatch):
     labels, truth = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (queries,), generator=g)
     exact = val.double() @ train.double().T
     assert all(len(row.unique()) == 300 for row in exact) and len((val @ train.T)[0].unique()) < 30
-    found = eval_knn.knn(train, labels, val, truth, [1, 3, 10, 999], 0.07)
-    for k in (1, 3, 10, 999):
+    for k, found in eval_knn.knn(train, labels, val, truth, [1, 3, 10, 999], 0.07).items():
         top1 = top5 = 0
         for similarity, label in zip(exact, truth.tolist()):
             votes = {}
@@ -1848,8 +1847,7 @@ def test_knn_equals_the_definition_in_float64(queries, monkeypatch):
                 votes[labels[i].item()] = votes.get(labels[i].item(), 0) + math.exp(similarity[i] / 0.07)
             ranked = sorted(votes, key=votes.get, reverse=True)[:5]
             top1, top5 = top1 + (ranked[0] == label), top5 + (label in ranked)
-        assert math.isclose(found[k][0], 100 * top1 / queries, abs_tol=1e-3), k
-        assert math.isclose(found[k][1], 100 * top5 / queries, abs_tol=1e-3), k
+        assert np.allclose(found, (100 * top1 / queries, 100 * top5 / queries), atol=1e-3, rtol=0), k
 
 
 def test_top5_counts_no_class_without_votes_and_small_temperatures_do_not_overflow():
@@ -1860,104 +1858,123 @@ def test_top5_counts_no_class_without_votes_and_small_temperatures_do_not_overfl
     assert eval_knn.knn(train, labels, tilted, torch.tensor([5]), [5, 6], 0.07) == {5: (0, 0), 6: (0, 0)}
 
 
+def test_linear_probe_learns_what_is_linear():
+    g = torch.Generator().manual_seed(0)
+    train, val = (F.normalize(torch.randn(n, 16, generator=g), dim=1).half() for n in (600, 200))
+    top1, top5 = eval_knn.linear_probe(train, train[:, :7].argmax(1), val, val[:, :7].argmax(1))
+    assert 85 < top1 < top5 and top5 > 99
+
+
 def test_differences_pair_equal_seeds_and_settings():
-    runs = []
+    runs = [(dict(matching="none", seed=2, lr=0.2, output="none"), [0, 0])]    # another lr: not to be paired
     for matching, values in {"geometric": (50, 60, 40), "similarity": (45, 57, 41), "none": (48, 50)}.items():
         for seed, value in enumerate(values):
             runs.append((dict(matching=matching, seed=seed, lr=0.1, output=matching), [value, value + seed]))
-    runs.append((dict(matching="none", seed=2, lr=0.2, output="none"), [0, 0]))    # another lr: not to be paired
-    equal, differences = eval_knn.compare_runs(runs[::-1])
-    sizes = sorted(f"{matching} {len(scores)}" for matching, scores in equal)
-    assert sizes == ["geometric 3", "none 1", "none 2", "similarity 3"]
-    assert {pair: sorted(rows.tolist()) for pair, rows in differences.items()} == {
-        "geometric - similarity": [[-1, -1], [3, 3], [5, 5]],
-        "geometric - none": [[2, 2], [10, 10]],
-        "similarity - none": [[-3, -3], [7, 7]],
-    }
+    assert {label: sorted(rows.tolist()) for label, rows in eval_knn.compare_runs(runs)} == {
+        "geometric": [[40, 42], [50, 50], [60, 61]], "none": [[48, 48], [50, 51]],
+        "similarity": [[41, 43], [45, 45], [57, 58]], "geometric - none": [[2, 2], [10, 10]],
+        "geometric - similarity": [[-1, -1], [3, 3], [5, 5]], "none - similarity": [[-7, -7], [3, 3]]}
 
 
-def test_the_table_of_several_runs_has_deviations_and_differences(tmp_path):
+def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
-        save_pictures(tmp_path / "data" / folder, 10)
-    quick = f"gld.py --data data --preset small {QUICK} --data-fraction 0.5 --batch-size 5 --local-views 1"
-    for matching, seed in (("geometric", 0), ("geometric", 1), ("none", 0), ("none", 1)):
-        options = f"--matching {matching} --seed {seed} --output {matching}{seed}"
-        assert run(f"{quick} {options}", tmp_path).returncode == 0
-    files = " ".join(f"{name}/checkpoint.pt" for name in ("geometric0", "geometric1", "none1", "none0"))
-    options = "--k 5 --linear --matches --untrained --workers 0 --json t.json"
-    done = run(f"eval_knn.py --checkpoint {files} {options}", tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "t.json").read_text())
-    top1 = {name: values["linear"][0] for name, values in found.items() if "checkpoint" in name}
-    apart = np.array([top1[f"geometric{seed}/checkpoint.pt"] - top1[f"none{seed}/checkpoint.pt"] for seed in (0, 1)])
-    difference = found["differences"]["geometric - none"]
-    assert difference["pairs"] == 2 and np.allclose(difference["linear"], [apart.mean(), apart.min(), apart.max()])
-    assert f"linear {apart.mean():+.2f} ({apart.min():+.2f} to {apart.max():+.2f})" in done.stdout
-    assert "data: 10 train (0.5 of each class), 20 val, 2 classes" in done.stdout
-    shares = found["none0/checkpoint.pt"]["matches"]
-    assert f"correspondence accuracy {shares['correspondence accuracy']:.1f}" in done.stdout
-    assert "matches" in found["untrained"] and "matches" not in found["raw pixels"]
+        save_pictures(tmp_path / "data" / folder, 11 if folder == "val/b" else 10)    # 21 do not come out even
+    runs = [f"{matching}{seed}" for matching in ("geometric", "none") for seed in (0, 1)]
+    for name in runs:
+        train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {name[:-1]} "
+                 f"--seed {name[-1]} --output {name}", tmp_path)
+    files = " ".join(f"{name}/checkpoint.pt" for name in runs)
+    command, found = f"eval_knn.py --checkpoint {files} --k 5 --linear --matches --untrained --batch-size 4", []
+    for processes in (1, 2):
+        done = run(f"{command} --workers 0 --json t.json", tmp_path, processes)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "t.json").read_text()))
+        for method in ("5-NN", "linear"):
+            top1 = np.reshape([found[0][f"{name}/checkpoint.pt"][method][0] for name in runs], (2, 2))
+            for label, x in (("geometric", top1[0]), ("none", top1[1]), ("geometric - none", top1[0] - top1[1])):
+                row = next(line for line in done.stdout.splitlines() if line.startswith(f"{label}, 2 seeds"))
+                assert f"{method} {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})" in row
+    accuracy = "correspondence accuracy"
+    assert f"{accuracy} {found[0]['none0/checkpoint.pt']['matches'][accuracy]:.1f}" in done.stdout
+    assert "matches" in found[0]["untrained"] and "matches" not in found[0]["raw pixels"]
+    assert found[0] == found[1] and (found[0]["train"], found[0]["val"]) == (10, 21)
+    (tmp_path / "data/val/b/0001.png").write_text("no image")
+    for workers in (0, 1):
+        done = run(f"{command} --workers {workers}", tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "val/b/0001.png cannot be read" in done.stderr
 
 
-def dino_vit(net):
-    """DINO's and timm's names for torchvision's ViT weights."""
-    state = {}
-    for key, value in net.state_dict().items():
-        key = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}.get(key, key)
-        key = key.replace("conv_proj", "patch_embed.proj").replace("encoder.layers.encoder_layer_", "blocks.")
-        key = key.replace("encoder.ln", "norm").replace("ln_", "norm").replace("self_attention.in_proj_", "attn.qkv.")
-        key = key.replace("self_attention.out_proj", "attn.proj")
-        key = key.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
-        state[key] = value
-    return state
-
-
-@pytest.mark.parametrize("prefix", ["", "module.backbone."])
-def test_dino_vits_load_strictly(tmp_path, prefix):
-    vit = gld.Backbone("vit_tiny", 64, 16).eval()
-    for parameter in vit.parameters():    # none may be zero or one, or a mistaken rename could go unseen
-        torch.nn.init.normal_(parameter, std=0.1)
-    state = {prefix + key: value for key, value in dino_vit(vit.net).items()}
-    state |= {f"{prefix}head.weight": torch.zeros(2, 2), "module.head.mlp.0.weight": torch.zeros(2, 2)}
-    torch.save({"teacher": state, "epoch": 1} if prefix else state, tmp_path / "dino.pt")
-    found, size, options = eval_knn.load_backbone(tmp_path / "dino.pt")
-    assert (found.arch, found.patch_size, size, options) == ("vit_tiny", 16, 64, {})
-    x = torch.randn(2, 3, 64, 64)
-    for ours, theirs in zip(vit(x), found.eval()(x)):
-        torch.testing.assert_close(ours, theirs)
-    del state[f"{prefix}blocks.3.norm1.bias"]
-    torch.save(state, tmp_path / "lacking.pt")
-    with pytest.raises(gld.BadInput, match="encoder_layer_3.ln_1.bias"):
-        eval_knn.load_backbone(tmp_path / "lacking.pt")
-
-
-@pytest.mark.parametrize(
-    "train,val,words",
-    [
-        ("a b", ".", "images in val/ itself"),    # ImageNet as distributed
-        ("a b", "a .", "images in val/ itself"),
-        ("a b", "images", "images in val/images/"),    # Tiny-ImageNet as distributed
-        ("a b", "A b", r"val/A/; .*A is not a"),
-        ("a b", "a c d e f", r"val/c/, val/d/, val/e/, \.\.\.; "),
-        ("a b c", "c", ""),
-    ],
-)
+@pytest.mark.parametrize("train,val,words", [
+    ("a b", ".", "images in val/ itself"), ("a b", "a .", "images in val/ itself"),    # ImageNet as distributed
+    ("a b", "images", "images in val/images/"),    # Tiny-ImageNet as distributed
+    ("a b", "A b", r"val/A/; .*A is not a"), ("a b", "a c d e f", "val/c/, val/d/, val/e/; "),
+    ("a", "a", "needs labels"), ("a b c", "c", "")])
 def test_classes_that_train_lacks_are_refused(tmp_path, train, val, words):
     for folder in [*(f"train/{name}" for name in train.split()), *(f"val/{name}" for name in val.split())]:
         save_pictures(tmp_path / folder, 2)
-    if words:
-        with pytest.raises(gld.BadInput, match=words) as raised:
-            eval_knn.labelled(str(tmp_path), 1)
-        assert "\n" not in str(raised.value)
-    else:
+    with pytest.raises(gld.BadInput, match=words) if words else contextlib.nullcontext():
         _, labels = eval_knn.labelled(str(tmp_path), 1)
         assert [y.tolist() for y in labels] == [[0, 0, 1, 1, 2, 2], [2, 2]]
 
 
+SWIN = {r"features\.0\.0": "patch_embed.proj", r"features\.0\.2": "patch_embed.norm", r"mlp\.0": "mlp.fc1",
+        r"mlp\.3": "mlp.fc2", r"features\.([1357])": lambda m: f"layers.{int(m[1]) // 2}.blocks",
+        r"features\.([246])": lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample"}
+VIT = {"class_token": "cls_token", r"encoder\.pos_embedding": "pos_embed", "conv_proj": "patch_embed.proj",
+       r"encoder\.layers\.encoder_layer_": "blocks.", r"encoder\.ln": "norm", "ln_": "norm", r"mlp\.0": "mlp.fc1",
+       r"mlp\.3": "mlp.fc2", r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj"}
+PREFIX, HEAD = {"^": "module.backbone."}, {"module.head.mlp.0.weight": torch.zeros(2, 2)}
+SWIN_EXTRAS = {"module.head_dense.mlp.0.weight": torch.zeros(2, 2),
+               "module.backbone.layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+FILES = {  # kind: network, image size, other people's names for its keys, what the file holds beside the state dict
+    "checkpoint.pt": ("conv_tiny", 48, {"^": "backbone.net."}, lambda x: dict(
+        teacher=x | {"image_head.last.weight": torch.zeros(2)}, student={key: -value for key, value in x.items()},
+        options=dict(arch="conv_tiny", patch_size=8, global_size=48), centers=torch.zeros(2, 2), step=1)),
+    "backbone.pt": ("vit_tiny", 64, {}, dict),
+    "torchvision": ("resnet50", 224, {}, lambda x: x | {"fc.weight": torch.zeros(2, 2)}),
+    "GLSD or EsViT Swin": ("swin_t", 224, SWIN | PREFIX, lambda x: dict(
+        teacher=x | HEAD | SWIN_EXTRAS, student={}, args=argparse.Namespace(arch="swin"))),
+    "DINO ViT": ("vit_tiny", 64, VIT | PREFIX, lambda x: dict(teacher=x | HEAD, epoch=1)),
+    "timm ViT": ("vit_tiny", 64, VIT, lambda x: x | {"head.weight": torch.zeros(2, 2)})}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_foreign_weights_load_strictly(tmp_path, kind):
+    arch, size, names, wrap = FILES[kind]
+    torch.manual_seed(0)
+    backbone = gld.Backbone(arch, 64, 16).eval()
+    for parameter in backbone.parameters():    # none may be zero or one, or a mistaken rename could go unseen
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {}
+    for key, value in backbone.net.state_dict().items():
+        for ours, theirs in names.items():
+            key = re.sub(ours, theirs, key)
+        state[key] = value.view(49, 49) if key.endswith("position_index") else value
+    path, x = tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
+    torch.save(wrap(state), path)
+    found, image_size, options = eval_knn.load_backbone(path)
+    assert (found.arch, found.patch_size, image_size) == (arch, 16, size) and options.get("global_size", size) == size
+    for ours, theirs in zip(backbone(x), found(x)):
+        torch.testing.assert_close(ours, theirs)
+    if kind == "checkpoint.pt":
+        student = eval_knn.load_backbone(path, "student")[0]
+        assert all(torch.equal(a, -b) for a, b in zip(student.parameters(), backbone.parameters()))
+    last = [key for key in state if key.endswith("weight")][-1]
+    for changed in ({key: state[key] for key in state if key != last}, state | {f"{last}.extra": torch.zeros(1)}):
+        torch.save(wrap(changed), path)
+        with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
+            eval_knn.load_backbone(path, flag="--init-from")
+
+
+def places(size=200):
+    """(3, size, size) uint8: the red and the green of a pixel are its x and its y; the blue is full."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return torch.stack([x, y, 0 * x + 255]).to(torch.uint8)
+
+
 class Knows(torch.nn.Module):
     """A backbone whose patch features tell the patch's position in the crop, or the place that its colours encode."""
-
-    arch, patch_size, width = "conv_tiny", 16, 4
+    arch, patch_size = "conv_tiny", 16
 
     def __init__(self, what):
         super().__init__()
@@ -1967,37 +1984,22 @@ class Knows(torch.nn.Module):
         if self.what == "position":
             n = (x.shape[-1] // 8) ** 2
             return x.mean((2, 3)), torch.eye(n).expand(len(x), n, n)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        place = F.avg_pool2d(x * std + mean, 8)[:, :2].flatten(2).mT * 2    # (N, P, 2)
+        place = F.avg_pool2d(x, 8)[:, :2].flatten(2).mT * 0.45    # (N, P, 2)
         return x.mean((2, 3)), torch.cat([place.cos(), place.sin()], -1)
 
 
-def places(size=200):
-    """(3, size, size) uint8: the red and the green of a pixel are its x and its y."""
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    return torch.stack([x, y, 0 * x]).to(torch.uint8)
-
-
-def test_match_shares_of_backbones_that_know_position_or_place():
-    image = places().permute(1, 2, 0).numpy()
-    images = gld.Images(np.stack([image] * 30), np.zeros(30, int), "places")
-    found = eval_knn.match_shares(Knows("position"), images, 64, (0.4, 1), "cpu")
+def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
+    images = gld.Images(places().permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "places")
+    shares = functools.partial(eval_knn.match_shares, images=images, size=64, scale=(0.4, 1), device="cpu")
+    found = shares(Knows("position"))
     assert found["same position"] == 100 and found["neither"] == 0
     assert 5 < found["correspondence accuracy"] == found["both"] == found["geometry: same position"] < 60
-    found = eval_knn.match_shares(Knows("place"), images, 64, (0.4, 1), "cpu")
+    found = shares(Knows("place"))
     assert found["correspondence accuracy"] > 95 and found["neither"] < 5
-    assert math.isclose(found["both"], found["geometry: same position"], abs_tol=3)
-    parts = found["same position"] + found["correspondence accuracy"] - found["both"] + found["neither"]
-    assert math.isclose(parts, 100, abs_tol=1e-3)
-    assert found == eval_knn.match_shares(Knows("place"), images, 64, (0.4, 1), "cpu")    # fixed seed
-
-
-def test_match_shares_leave_masked_patches_out(monkeypatch):
-    index = torch.arange(64).where(torch.arange(64) < 20, 0).expand(2, 64)
-    weight = (torch.arange(64) < 20).float().expand(2, 64)
-    monkeypatch.setattr(eval_knn, "geometric_matches", lambda *_: (index, weight))
-    images = gld.Images(np.zeros((2, 40, 40, 3), np.uint8), np.zeros(2, int), "zeros")
-    assert eval_knn.match_shares(Knows("position"), images, 64, (0.4, 1), "cpu")["both"] == 100
+    assert math.isclose(found["both"], found["geometry: same position"], abs_tol=3) and found == shares(Knows("place"))
+    here = torch.arange(64).expand(2, 64)    # masked patches do not count: from patch 20 on, geometry says patch 0
+    monkeypatch.setattr(eval_knn, "geometric_matches", lambda *_: (here.where(here < 20, 0), (here < 20).float()))
+    assert shares(Knows("position"))["both"] == 100
 
 
 @pytest.mark.parametrize("what", [None, "place", "position"])
@@ -2005,120 +2007,39 @@ def test_the_picture_joins_patches_that_show_the_same_place(what):
     """What the picture shows inside two joined patches says where they are in the image."""
     picture, lines = eval_knn.show_matches(places(), what and Knows(what), 64)
     n, picture = 8 if what else 7, np.asarray(picture).astype(float)
-    assert picture.shape[1] >= (2400 if what else 1200)
 
-    def place(centre):
-        x, y = (round(z) for z in centre)
-        half = round(0.3 * 540 / n)
+    def place(midpoint):
+        x, y, half = round(midpoint[0]), round(midpoint[1]), round(0.3 * 540 / n)
         return np.median(picture[y - half:y + half, x - half:x + half].reshape(-1, 3), 0)[:2]    # lines are thin
 
     for matching in ("geometric", "similarity") if what else ("geometric",):
         joined = [line[1:] for line in lines if line[0] == matching]
         apart = [np.abs(place(a) - place(b)).max() for a, b in joined]
-        assert 6 <= len({tuple(a) for a, _ in joined}) == len(joined) <= 10
+        assert 6 <= len({a for a, _ in joined}) == len(joined) <= 8
         if matching == "similarity" and what == "position":
             assert len({tuple(np.subtract(b, a)) for a, b in joined}) == 1 and max(apart) > 25    # wrong ones are shown
         else:
             assert max(apart) < 0.75 * 200 / n, apart
-    starts = [np.array([a for kind, a, _ in lines if kind == matching]) for matching in ("geometric", "similarity")]
-    assert not what or (starts[1] - starts[0] == [1210, 0]).all()    # both kinds for the same patches of crop 1
+    dark = (picture[130:660, [*range(40, 570), *range(645, 1175)], 2] < 100).mean()
+    assert 0.27 < dark < 0.58    # the masked patches are 30 to 55 % of both crops; lines cover little
 
 
 def test_the_picture_on_the_command_line(tmp_path):
     save_pictures(tmp_path / "plain", 2, (60, 90))
     save_pictures(tmp_path / "split/val", 1)
     show = "eval_knn.py --workers 0 --show-matches"
-    for data in ("plain", "plain/0001.png", "split", pack(tmp_path / "one.tar", tmp_path / "plain"), "shapes"):
-        done = run(f"{show} a.png --data {data}", tmp_path)
-        assert done.returncode == 0 and "wrote a.png" in done.stdout and "--checkpoint FILE" in done.stdout, done.stderr
-        assert Image.open(tmp_path / "a.png").width >= 1200
-        (tmp_path / "a.png").unlink()
+    for data in ("plain", "plain/0001.png", "split", "shapes"):
+        done = run(f"{show} {Path(data).stem}.png --data {data}", tmp_path)
+        assert done.returncode == 0 and "--checkpoint FILE" in done.stdout, done.stderr
     torch.save(gld.Backbone("conv_tiny").net.state_dict(), tmp_path / "backbone.pt")
     done = run(f"{show} b.png --checkpoint backbone.pt --data shapes", tmp_path)
     assert done.returncode == 0 and "similarity by backbone.pt" in done.stdout, done.stderr
-    assert Image.open(tmp_path / "b.png").width >= 2400
     (tmp_path / "text.png").write_text("no image")
     before = sorted(tmp_path.iterdir())
     for wrong in ("nowhere/a.png", "a.xyz", "a.png --checkpoint nowhere.pt", "a.png --data text.png"):
         done = run(f"{show} {wrong}", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, (wrong, done.stderr)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_linear_probe_learns_what_is_linear():
-    g = torch.Generator().manual_seed(0)
-    train, val = (F.normalize(torch.randn(n, 16, generator=g), dim=1).half() for n in (600, 200))
-    labels, truth = (x[:, :7].argmax(1) for x in (train, val))
-    top1, top5 = eval_knn.linear_probe(train, labels, val, truth)
-    assert top1 > 85 and top5 > 99
-
-
-def official_swin(net):
-    """The official code's names for torchvision's Swin weights."""
-    state = {}
-    for key, value in net.state_dict().items():
-        key = key.replace("features.0.0", "patch_embed.proj").replace("features.0.2", "patch_embed.norm")
-        key = re.sub(r"features\.([1357])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks.", key)
-        key = re.sub(r"features\.([246])\.", lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample.", key)
-        key = key.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
-        state[f"module.backbone.{key}"] = value.view(49, 49) if key.endswith("position_index") else value
-    return state | {
-        "module.backbone.layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
-        "module.head.mlp.0.weight": torch.zeros(2, 2),
-        "module.head_dense.mlp.0.weight": torch.zeros(2, 2),
-    }
-
-
-def test_foreign_weights_load_strictly(tmp_path):
-    x = torch.randn(2, 3, 64, 64)
-    swin = gld.Backbone("swin_t")
-    torch.save(
-        {"teacher": official_swin(swin.net), "args": argparse.Namespace(arch="swin"), "epoch": 1},
-        tmp_path / "official.pt",
-    )
-    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "torchvision.pt")
-    torch.save(gld.Backbone("vit_tiny", 64, 16).net.state_dict(), tmp_path / "backbone.pt")
-    found, size, options = eval_knn.load_backbone(tmp_path / "official.pt")
-    assert found.arch == "swin_t" and size == 224 and options == {}
-    torch.testing.assert_close(found.eval()(x)[0], swin.eval()(x)[0])
-    assert eval_knn.load_backbone(tmp_path / "torchvision.pt")[0].arch == "resnet50"
-    vit, size, _ = eval_knn.load_backbone(tmp_path / "backbone.pt")
-    assert (vit.arch, vit.patch_size, size) == ("vit_tiny", 16, 64)
-    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    state["extra.weight"] = state.pop("encoder.ln.weight")
-    torch.save(state, tmp_path / "wrong.pt")
-    with pytest.raises(gld.BadInput, match="encoder.ln.weight.*extra.weight"):
-        eval_knn.load_backbone(tmp_path / "wrong.pt")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "odd.pt")
-    with pytest.raises(gld.BadInput, match="none of conv_tiny"):
-        eval_knn.load_backbone(tmp_path / "odd.pt")
-
-
-def test_several_processes_evaluate_as_one(tmp_path):
-    train_ok("--max-steps 1", tmp_path)
-    evaluate = "eval_knn.py --workers 0 --k 3 20 --json"
-    for processes, file in ((1, "one.json"), (2, "two.json")):
-        done = run(f"{evaluate} {file}", tmp_path, processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert all(name in done.stdout for name in ("output/checkpoint.pt", "untrained", "raw pixels"))
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert one == two and one["train"] == 240 and one["val"] == 1200
-
-
-def test_evaluation_reads_an_archive(tmp_path):
-    train_ok("--max-steps 1", tmp_path)
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            save_pictures(tmp_path / "data" / split / name, 4)
-    archive = pack(tmp_path / "data.tar", tmp_path / "data")
-    scores = []
-    for data, file in ((archive, "tar.json"), (tmp_path / "data", "folder.json")):
-        done = run(f"eval_knn.py --data {data} --k 3 --linear --workers 0 --json {file}", tmp_path)
-        assert done.returncode == 0, done.stderr
-        scores.append(json.loads((tmp_path / file).read_text())["output/checkpoint.pt"])
-    assert scores[0] == scores[1]
-    done = run(f"eval_knn.py --data {pack(tmp_path / 'one.tar', tmp_path / 'data/val')} --k 3", tmp_path)
-    assert done.returncode == 2 and "must hold train/" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ README
