@@ -4,9 +4,8 @@
     python eval_knn.py                                                # output/checkpoint.pt, on its own data set
     python eval_knn.py --checkpoint run/checkpoint.pt --data IMAGENET --linear        # IMAGENET/train and IMAGENET/val
     python eval_knn.py --data PHOTO.jpg --show-matches matches.png    # which patches of two crops match
-    torchrun --nproc_per_node=8 eval_knn.py --checkpoint backbone.pt --data IMAGENET    # processes share the images
 
-`--checkpoint` also takes a backbone.pt, a torchvision state dict, an official (or EsViT) Swin, a DINO or timm ViT.
+`--checkpoint` takes gld.py's files, torchvision's weights, an official GLSD or EsViT Swin, a DINO or timm ViT.
 Images: shorter side to 256/224 of the crop size, center crop, no augmentation. Features: image-level, unit length.
 """
 import json
@@ -25,11 +24,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-from gld import (ARCHS, BadInput, Backbone, Parser, blame, decode, ignore_signals, load_file, load_images, normalise,
+from gld import (OPTIONS, BadInput, Backbone, Parser, blame, decode, ignore_signals, load_file, load_images, normalise,
                  run_script, start_processes, stride_of)
 from matching_kernels import geometric_matches, similarity_matches
 
-NOT_THE_METHOD = ("seed", "output", "resume", "workers", "device", "save_every", "eval_every")  # differ between seeds
 CHUNK_BYTES = 2 ** 28                   # of similarities at a time, so that memory does not grow with the test set
 GLOBAL_SCALE = 0.4, 1.0                 # of random crops, where no checkpoint tells the run's own
 MATCH_COLUMNS = ("same position", "correspondence accuracy", "both", "neither", "geometry: same position")
@@ -68,8 +66,8 @@ def load_backbone(path, weights="teacher", flag="--checkpoint"):
         raise BadInput(f"{flag} {path}: holds no state dict of a network")
     state = plain_keys(state)
     arch, patch_size, image_size = guess_arch(state)
-    if arch not in ARCHS:
-        raise BadInput(f"{flag} {path}: none of {', '.join(ARCHS)} has keys like {', '.join(list(state)[:3])}")
+    if arch is None:
+        raise BadInput(f"{flag} {path}: no --arch of gld.py has keys like {', '.join(list(state)[:3])}")
     backbone = Backbone(arch, image_size, patch_size)
     with blame(f"{flag} {path} as {arch}"):
         backbone.net.load_state_dict(state)
@@ -129,14 +127,14 @@ def center_crops(images, size, indices):
 
 @torch.no_grad()
 def extract(network, images, size, cfg, device, rank, world):
-    """Features (n, C) float16, unit length, of all images, on every process; `network`: (N, 3, H, W) -> (N, C)."""
+    """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, H, W) -> (M, C)."""
     mine = [(rank + world * i) % len(images) for i in range(-(-len(images) // world))]      # the last may be a repeat
     loader = torch.utils.data.DataLoader(mine, cfg.batch_size, num_workers=cfg.workers, worker_init_fn=ignore_signals,
                                          collate_fn=partial(center_crops, images, size))
     rows = []
     for x in loader:
         if isinstance(x, str):
-            raise BadInput(x)
+            raise BadInput(x, "only here")
         rows.append(F.normalize(network(normalise(x.to(device).float() / 255)).float(), dim=1).half())
     rows = torch.cat(rows)
     if world == 1:
@@ -158,9 +156,8 @@ def knn(train, train_labels, val, val_labels, ks, temperature):
         for k in ks:
             votes = torch.zeros(len(chunk), classes, device=train.device)
             votes.scatter_add_(1, train_labels[nearest[:, :k]], weight[:, :k])
-            # a class without a vote is no answer, even where fewer than five classes got one
             got, best = votes.topk(min(5, classes), dim=1)
-            right = (best == labels[:, None]) & (got > 0)
+            right = (best == labels[:, None]) & (got > 0)                   # a class without a vote is no answer
             hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
     return {k: tuple((100 * h / len(val)).tolist()) for k, h in hits.items()}
 
@@ -202,23 +199,17 @@ def labelled(data, fraction):
     return parts, [parts[0].labels, np.searchsorted(parts[0].classes, parts[1].classes)[parts[1].labels]]
 
 
-def top1_of_20nn(backbone, labelled_parts, cfg, device, rank, world):
-    """20-NN top-1 accuracy on val/, percent, for gld.py while it trains; None on all processes but the first."""
-    parts, labels = labelled_parts
-    backbone.eval()
+def top1_of_20nn(backbone, parts, labels, cfg, device, rank, world):
+    """20-NN top-1 accuracy on val/ in percent, for gld.py while it trains; None on all processes but the first."""
     train, val = (extract(lambda x: backbone(x)[0], part, cfg.global_size, cfg, device, rank, world) for part in parts)
-    backbone.train()
-    if rank:
-        return None
-    train_labels, val_labels = (torch.as_tensor(y, device=device) for y in labels)
-    return knn(train, train_labels, val, val_labels, [20], 0.07)[20][0]
+    vectors = [torch.as_tensor(x, device=device) for x in (train, labels[0], val, labels[1])]
+    return None if rank else knn(*vectors, [20], 0.07)[20][0]
 
 
 # ------------------------------------------------------------------------------------------------ matches of patches
 
 def draw_crops(image, scale, n, seed):
-    """Two random crops of an image, as in training: boxes (2, 5); and for their n x n = N patches the geometric matches
-    of crop 1 in crop 2 and of crop 2 in crop 1: index (2, N) and weight (2, N)."""
+    """Two random crops: boxes (2, 5), and which of their n x n = N patches match: index (2, N), weight (2, N)."""
     torch.manual_seed(seed)
     boxes = [[*RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)), torch.rand(()) < 0.5] for _ in range(2)]
     boxes = torch.tensor(boxes).float()     # (2, 5) top, left, height, width in pixels, flip 0 or 1
@@ -275,6 +266,7 @@ def show_matches(image, backbone=None, size=224, scale=GLOBAL_SCALE):
     picture = Image.new("RGB", (2 * EDGE - GAP + 2 * len(pairs) * (side + GAP), below + LOWER + EDGE), "#15181d")
     draw, lines = ImageDraw.Draw(picture, "RGBA"), []
     draw.font = ImageFont.load_default(50)
+
     def square(left, k):                    # the corners of patch k of the crop drawn at `left`
         x, y = left + k % n * cell, top + k // n * cell
         return x, y, x + cell - 1, y + cell - 1
@@ -317,9 +309,8 @@ def save_picture(path, data, name, backbone, size, options):
     """Write `show_matches` of --data if it is an image, else of its first image, of val/ where there is one."""
     with blame(f"--data {data}: cannot be read"):
         image = decode(data) if Path(data).is_file() else load_images(data, "val").read(0)
-    picture, _ = show_matches(image, backbone, size, options.get("global_scale", GLOBAL_SCALE))
     with blame(f"--show-matches {path}"):
-        picture.save(path)
+        show_matches(image, backbone, size, options.get("global_scale", GLOBAL_SCALE))[0].save(path)
     print(f"wrote {path} " + (f"(similarity by {name})" if name else "(--checkpoint FILE adds similarity matching)"))
     return 0
 
@@ -328,8 +319,9 @@ def compare_runs(runs):
     """Runs [(options, scores (methods,))] -> [(label, scores (seeds, methods))]: first of the runs that differ in their
     seed only; then, seed by seed, the differences between runs that differ in their matching only."""
     groups, differences = {}, {}
+    may_differ = {option.name for option in OPTIONS if option.resumable} | {"seed", "matching"}
     for options, scores in runs:
-        same = {name: value for name, value in options.items() if name not in (*NOT_THE_METHOD, "matching")}
+        same = {name: value for name, value in options.items() if name not in may_differ}
         groups.setdefault((json.dumps(same), options["matching"]), {})[options["seed"]] = np.array(scores)
     for (settings, a), (others, b) in combinations(sorted(groups), 2):
         for seed in groups[settings, a].keys() & groups[others, b].keys() if settings == others else ():
@@ -349,14 +341,14 @@ def evaluate(cfg):
         data = str(Path(data).parent)
     if cfg.show_matches:
         return save_picture(cfg.show_matches, data, name, first, first_size, first_options)
-    fraction = first_options.get("data_fraction", 1)
-    if any(options.get("data_fraction", 1) != fraction for *_, options in networks):
+    fractions = {options.get("data_fraction", 1) for *_, options in networks}
+    if len(fractions) > 1:
         raise BadInput("--checkpoint: trained on different --data-fraction; evaluate them one by one")
-    parts, labels = labelled(data, fraction)
+    parts, labels = labelled(data, *fractions)
     if cfg.untrained or data == "shapes":
         torch.manual_seed(first_options.get("seed", 0))
         untrained = Backbone(first.arch, first_size, first.patch_size).eval()
-        networks += [(name, untrained, first_size, {}) for name in ("untrained", "raw pixels")]
+        networks += [("untrained", untrained, first_size, {}), ("raw pixels", untrained, first_size, {})]
     results = dict(data=data, train=len(parts[0]), val=len(parts[1]), weights=cfg.weights, temperature=cfg.temperature)
     if rank == 0:
         print(", ".join(f"{key} {value}" for key, value in results.items()) + "; top-1 / top-5 %", flush=True)
@@ -385,7 +377,8 @@ def evaluate(cfg):
         cells = ("{} {:.2f} ± {:.2f} ({:.2f} to {:.2f})".format(*column) for column in columns)
         print(f"{label}, {len(top1)} seeds  " + "  ".join(cells) + "  top-1, mean ± std (range)")
     if cfg.json:
-        Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
+        with blame(f"--json {cfg.json}"):
+            Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

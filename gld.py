@@ -505,7 +505,7 @@ def train(cfg):
     source = initialise(cfg, student, teacher) if cfg.init_from and start == 0 else ""
     if cfg.eval_every:
         import eval_knn                                     # here, since it imports this file
-        labelled = eval_knn.labelled(cfg.data, cfg.data_fraction)
+        labelled_parts = eval_knn.labelled(cfg.data, cfg.data_fraction)
     if cfg.compile:
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
         student.compile()
@@ -594,7 +594,9 @@ def train(cfg):
             record = dict(epoch=epoch, step=done, lr=lr)
             record |= diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg)
             if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
-                record["knn"] = eval_knn.top1_of_20nn(teacher.backbone, labelled, cfg, device, rank, world)
+                teacher.eval()
+                record["knn"] = eval_knn.top1_of_20nn(teacher.backbone, *labelled_parts, cfg, device, rank, world)
+                teacher.train()
             log.report(record, sums, epoch_ended, run_ended=done == stop_at)
         if epoch_ended:
             sums.clear()
@@ -618,7 +620,7 @@ NAMED_SETS = ("shapes", "cifar10")
 STOPPED = 75                        # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
 
 class BadInput(Exception):
-    """What the user has to change, in one line. `run_script` prints it and exits with code 2."""
+    """What the user has to change, in one line, for exit code 2. A second argument: only this process knows of it."""
 
 @contextlib.contextmanager
 def blame(what):
@@ -920,7 +922,7 @@ def initialise(cfg, student, teacher):
     import eval_knn                                         # here, since it imports this file
     content = load_file(cfg.init_from, "--init-from")
     for name, network in (("student", student), ("teacher", teacher)):
-        backbone, *_ = eval_knn.load_backbone(cfg.init_from, name, "--init-from")
+        backbone, *_ = eval_knn.load_backbone(cfg.init_from, name if content.get(name) else "teacher", "--init-from")
         state = backbone.net.state_dict()
         if "encoder.pos_embedding" in state:
             side = cfg.global_size // cfg.patch_size
@@ -932,7 +934,7 @@ def initialise(cfg, student, teacher):
         fit = own == {key: x.shape for key, x in heads.items()}
         if fit:
             network.load_state_dict(heads, strict=False)
-    return f" from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
+    return f", weights from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
 
 def replace_file(path, write):
     """Replace a file by what write(file) writes, but only when that is complete and on disk. Raises OSError."""
@@ -1046,8 +1048,9 @@ def run_script(script, work):
             dist.destroy_process_group()
         return code
     except BadInput as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":        # all processes meet it: say it once per node
-            print(f"{script}: error: {error}", file=sys.stderr)
+        message, *only_here = error.args                    # else all processes meet it: say it once per node
+        if only_here or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{script}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""All tests: python -m pytest -q. They need no GPU and no network; the outputs recorded from the official code are used if present.
+"""All tests: python -m pytest -q. No GPU and no network are needed. Outputs recorded from the official code are used if
+they are there.
 
 Sections: helpers, matching, loss, Triton kernels, the CUDA path without a GPU, views, images, networks, training,
 faults, bad input, evaluation, README.
@@ -1179,8 +1180,8 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
 
 @pytest.mark.parametrize("parts,data,refused", [
     (("Train", "Val"), "", True), (("imagenet/train", "imagenet/val"), "", True), (("val",), "", True),
-    (("TEST", "a"), "", True), (("train/test",), "", False), (("train", "val"), "", False), (("train", "val"), "train", False),
-    (("train", "val"), "val", False)])
+    (("TEST", "a"), "", True), (("train/test",), "", False), (("train", "val"), "", False),
+    (("train", "val"), "train", False), (("train", "val"), "val", False)])
 def test_validation_images_are_not_trained_on(tmp_path, parts, data, refused):
     for part in parts:
         save_pictures(tmp_path / "data" / part / "a", 1)
@@ -1516,8 +1517,8 @@ def test_a_collapse_is_seen(tmp_path):
     fine = dict(epoch=0, entropy=4.0, spread=0.5, knn=50.0)
     for change, finished, words in ((dict(), True, None), (dict(entropy=5.52), False, "collapsed"),
                                     (dict(entropy=0.05), False, "collapsed"), (dict(spread=0.0), False, "collapsed"),
-                                    (dict(knn=49.0), True, "20-NN fell from 50.0 to 49.0"), (dict(knn=49.0), False, None),
-                                    (dict(entropy=math.nan), False, "collapsed")):
+                                    (dict(entropy=math.nan), False, "collapsed"), (dict(knn=49.0), False, None),
+                                    (dict(knn=49.0), True, "20-NN fell from 50.0 to 49.0")):
         found = gld.signs_of_collapse([fine, fine | change], cfg, finished)
         assert (words in found) if words else found == "", (change, found)
     cfg.warmup_epochs = 1               # at the start, all outputs may be alike
@@ -1739,7 +1740,7 @@ def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypat
 # ------------------------------------------------------------------------------------------------ bad input
 
 REFUSED = {
-    "--matching nearest": "--matching", "--arch vgg": "--arch", "--epochs 0": "--epochs must be from 1 to 1e+09, got [0]",
+    "--matching nearest": "--matching", "--arch vgg": "--arch", "--epochs 0": "must be from 1 to 1e+09, got [0]",
     "--lr nan": "--lr must be", "--lr -1": "--lr", "--lr abc": "--lr", "--teacher-temp 0": "--teacher-temp",
     "--out-dim 1": "--out-dim", "--warmup-teacher-temp -1": "--warmup-teacher-temp", "--max-steps -1": "--max-steps",
     "--global-scale 0.9 0.4": "--global-scale must be from 1e-09 to 1, the lower value first, got [0.9, 0.4]",
@@ -1749,8 +1750,9 @@ REFUSED = {
     "--device cuda": "CUDA", "--precision fp16": "--precision fp16", "--impl triton": "--impl triton",
     "--teacher-momentum 1.1": "--teacher-momentum", "--workers -1": "--workers", "--init-from nowhere.pt": "nowhere.pt",
     f"--output {__file__}": "--output", f"--output {__file__}/below": "--output", "--output /proc/nowhere": "--output",
-    f"--data {__file__}": "unpack it first", "--data .": "no images", "--unknown": "--unknown", "--batch_size 4": "--batch",
-    "--blur-sigma 0 1": "--blur-sigma", "--eval-every -2": "--eval-every", "--profile 5": "--profile",
+    f"--data {__file__}": "unpack it first", "--data .": "no images", "--unknown": "--unknown",
+    "--batch_size 4": "--batch_size", "--blur-sigma 0 1": "--blur-sigma", "--eval-every -2": "--eval-every",
+    "--profile 5": "--profile",
 }
 
 
@@ -1938,9 +1940,9 @@ FILES = {  # kind: network, image size, other people's names for its keys, what 
     "timm ViT": ("vit_tiny", 64, VIT, lambda x: x | {"head.weight": torch.zeros(2, 2)})}
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_foreign_weights_load_strictly(tmp_path, kind):
-    arch, size, names, wrap = FILES[kind]
+def save_weights(kind, path):
+    """Write a file of this kind. Returns: its network and its keys as plain torchvision would name them."""
+    arch, _, names, wrap = FILES[kind]
     torch.manual_seed(0)
     backbone = gld.Backbone(arch, 64, 16).eval()
     for parameter in backbone.parameters():    # none may be zero or one, or a mistaken rename could go unseen
@@ -1950,8 +1952,15 @@ def test_foreign_weights_load_strictly(tmp_path, kind):
         for ours, theirs in names.items():
             key = re.sub(ours, theirs, key)
         state[key] = value.view(49, 49) if key.endswith("position_index") else value
-    path, x = tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
     torch.save(wrap(state), path)
+    return backbone, state
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_foreign_weights_load_strictly(tmp_path, kind):
+    arch, size, _, wrap = FILES[kind]
+    path, x = tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
+    backbone, state = save_weights(kind, path)
     found, image_size, options = eval_knn.load_backbone(path)
     assert (found.arch, found.patch_size, image_size) == (arch, 16, size) and options.get("global_size", size) == size
     for ours, theirs in zip(backbone(x), found(x)):
@@ -1964,6 +1973,44 @@ def test_foreign_weights_load_strictly(tmp_path, kind):
         torch.save(wrap(changed), path)
         with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
             eval_knn.load_backbone(path, flag="--init-from")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_run_starts_from_foreign_weights(tmp_path, kind):
+    """Nothing moves at these rates. The views are larger than the file's, so a ViT's position embedding is resized."""
+    backbone, _ = save_weights(kind, tmp_path / "file.pt")
+    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
+    command = (f"{frozen} --arch {backbone.arch} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 "
+               "--max-steps 1 --init-from file.pt")
+    assert "weights from file.pt (new heads)" in train_ok(command, tmp_path).stdout
+    end = checkpoint(tmp_path / "output")
+    for key, value in backbone.net.named_parameters():
+        value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
+        sign = -1 if kind == "checkpoint.pt" else 1             # in this file, the student is minus the teacher
+        for name, expected in (("teacher", value), ("student", sign * value)):
+            assert torch.equal(end[name][f"backbone.net.{key}"], expected), (name, key)
+    heads = [key for key in end["student"] if "_head." in key]
+    assert all(torch.equal(end["student"][key], end["teacher"][key]) for key in heads)
+    other = "resnet50" if backbone.arch.startswith("vit") else "vit_tiny"
+    done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--init-from file.pt: a {backbone.arch} does not fit --arch {other}" in done.stderr
+
+
+def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
+    train_ok("--max-steps 2 --output a", tmp_path)
+    frozen = "--max-steps 1 --lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
+    done = train_ok(f"{frozen} --init-from a/checkpoint.pt --output b", tmp_path)
+    assert "weights from a/checkpoint.pt (with its heads)" in done.stdout
+    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    for name in ("student", "teacher"):
+        assert b["step"] == 1 and all(torch.equal(a[name][key], b[name][key]) for key in a[name]
+                                      if "running" not in key and "num_batches" not in key)
+    done = train_ok(f"{frozen} --max-steps 2 --init-from a/checkpoint.pt --output b", tmp_path)
+    assert "from step 1" in done.stdout and "weights from" not in done.stdout           # the same command resumes
+    for options in ("--init-from a/checkpoint.pt --out-dim 32", "--init-from a/checkpoint.pt --matching none",
+                    "--init-from a/backbone.pt"):
+        assert "(new heads)" in train_ok(f"{frozen} {options} --no-resume --output c", tmp_path).stdout
 
 
 def places(size=200):
