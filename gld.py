@@ -20,8 +20,7 @@ method is DINO.
     M       crops, v * B of them                     K    output dimension of a head ("prototypes")
     box     where a view was cropped: (top, left, height, width, flip), pixels of the original image
 
-Read from top to bottom: options, views, networks, loss, training. After "the paper ends here" come processes and
-signals, data files, checkpoints, the log and error handling.
+Read from top to bottom. After "the paper ends here" come processes, image files, checkpoints, log and error handling.
 """
 import argparse
 import contextlib
@@ -222,9 +221,7 @@ def normalise(x):
 
 def stride_of(arch, patch_size):
     """Side of a patch, pixels."""
-    if arch.startswith("vit"):
-        return patch_size
-    return 8 if arch == "conv_tiny" else 32
+    return patch_size if arch.startswith("vit") else 8 if arch == "conv_tiny" else 32
 
 class SwinAttention(ShiftedWindowAttention):
     """Shifts its window also on grids that are not larger than the window, as the official Swin does (and torchvision's
@@ -433,14 +430,6 @@ def teacher_temp_at(epoch, cfg):
     progress = epoch / max(1, cfg.warmup_teacher_temp_epochs - 1)
     return cfg.warmup_teacher_temp + progress * (cfg.teacher_temp - cfg.warmup_teacher_temp)
 
-def clip_gradients(parameters, max_norm):
-    """Scale the gradient of each parameter to at most max_norm (0: any norm). Returns: their total norm, before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    if max_norm:
-        torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1)))
-    return norms.norm()
-
 def load_batch(batches, device, cfg):
     """The next batch on the device, None after the last. Returns: the augmented views, a list with one (v, B, 3, S, S)
     per size; boxes (V, B, 5); the indices of images that could not be read; the seconds waited for the DataLoader."""
@@ -478,8 +467,7 @@ def train(cfg):
     student = Network(cfg, cfg.drop_path).to(device, memory_format=torch.channels_last)
     teacher = Network(cfg).to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -547,14 +535,15 @@ def train(cfg):
             student_out, teacher_out, centers, boxes, grids, teacher_temp=teacher_temp, matching=cfg.matching,
             hinge=cfg.hinge, impl=cfg.impl)
 
-        # 2. gradients: backward, where DDP averages them over the processes; then freeze, and clip in true scale
+        # 2. gradients: backward, where DDP averages them over the processes; freeze; clip each parameter by itself
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if epoch < cfg.freeze_last_layer:
             for p in last_layers:
                 p.grad = None                               # the optimizer leaves these parameters alone
-        grad_norm = clip_gradients(parameters, cfg.clip_grad)
+        norms = [nn.utils.clip_grad_norm_(p, cfg.clip_grad or math.inf) for p in parameters if p.grad is not None]
+        grad_norm = torch.stack(norms).norm()
 
         # 3. agree with the other processes before anything changes: all get the same means, so a NaN in one of them
         # ends the run in all, and a signal to one of them stops all
@@ -612,7 +601,6 @@ def train(cfg):
         log.say(f"stopped on request: saved at step {done}; rerun the same command to resume")
         return STOPPED
     return 0
-
 
 # ======================================================================================= the paper ends here
 
@@ -701,7 +689,6 @@ def stop_on_signal(world):
     """From now on, SIGTERM and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one comes.
     A second signal ends the program at once, but not under torchrun, which passes each Ctrl-C on a second time."""
     received = []
-
     def request(number, frame):
         received.append(number)
         if world == 1:
@@ -714,9 +701,8 @@ def stop_on_signal(world):
     return received
 
 def ignore_signals(worker):
-    """In a DataLoader worker: a signal to the whole job is for the main process, which needs this worker for the rest
-    of the step. But Python ends workers by SIGTERM when a program exits. So the worker goes on for 30 seconds; then
-    the alarm ends it."""
+    """In a DataLoader worker: a signal to the whole job is for the main process, which needs this worker until the end
+    of the step. Python ends workers by SIGTERM when a program exits. So SIGTERM ends this worker, after 30 seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
@@ -775,8 +761,7 @@ def load_folder(data, split, must_split):
     skipped. Raises BadInput, also where a folder of validation images would be trained on."""
     root = Path(data)
     if not root.is_dir():
-        hint = "not a folder; unpack it first" if root.exists() else "not found"
-        raise BadInput(f"--data {data}: {hint}; built-in datasets: {', '.join(NAMED_SETS)}")
+        raise BadInput(f"--data {data}: not a folder (unpack archives first), and not {' or '.join(NAMED_SETS)}")
     if (root / split).is_dir():
         root = root / split
     elif must_split:
@@ -836,9 +821,7 @@ def draw_shapes(n, seed, size=48):
 
 class ViewDataset(torch.utils.data.Dataset):
     """(epoch, i) -> `crop_views` of image i, and -1. If image i cannot be read: those of another image, and i.
-
-    The result is a function of seed, epoch and i only, not of the process or of what was drawn before.
-    """
+    The result is a function of seed, epoch and i only, not of the process or of what was drawn before."""
 
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
@@ -987,12 +970,11 @@ def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
 
 def signs_of_collapse(records, cfg, run_ended):
     """What in the records of the log (one per epoch) looks like a collapse, in words; "" if nothing does."""
-    last = records[-1]
-    highest = math.log(cfg.out_dim)
+    last, highest = records[-1], math.log(cfg.out_dim)
     healthy = 0.01 * highest <= last["entropy"] <= 0.99 * highest and last["spread"] > 1e-3
     if not healthy and last["epoch"] >= cfg.warmup_epochs:
         return (f"WARNING: looks collapsed: the teacher's entropy is {last['entropy']:.2f} (ln K = {highest:.2f}), the "
-                f"variance of its outputs {last['spread']:.4f}; try a lower --lr, or a smaller --batch-size")
+                f"variance of z {last['spread']:.4f}; try a lower --lr, or a smaller --batch-size")
     knn = [record["knn"] for record in records if record.get("knn") is not None]
     if run_ended and knn and knn[-1] < knn[0]:
         return f"WARNING: the features got worse: 20-NN fell from {knn[0]:.1f} to {knn[-1]:.1f} %; try a lower --lr"
@@ -1065,5 +1047,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     from gld import main            # eval_knn imports gld: run that very module, or its classes would exist twice
-
     sys.exit(main())
