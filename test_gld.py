@@ -32,6 +32,7 @@ import warnings
 import weakref
 from itertools import groupby
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,6 +63,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ("--data-fraction 0.1 --batch-size 8 --workers 0 --epochs 1 --warmup-epochs 0 --local-views 1 --out-dim 16 "
          "--head-hidden 16 --eval-every 0")            # 30 steps, where learning is not the point
 needs_triton = pytest.mark.skipif(mk.triton is None, reason="no Triton here")
+SIMULATED = "ttsem" in sys.modules      # python -m ttsem.sanitize pytest: tensors on the CPU say that they are on a GPU
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or one that ttsem simulates")
+needs_driver = pytest.mark.skipif(SIMULATED, reason="the simulated GPU has one device, no driver, no memory of its own")
 torch.set_num_threads(1)
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:     # in the background or under nohup; a run rightly ignores them
@@ -995,6 +999,72 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         labels = torch.zeros(2 * B, dtype=torch.int64)
         monkeypatch.setattr(eval_knn, "max", lambda *numbers: 10, raising=False)     # fake labels have no maximum
         eval_knn.knn(features, labels, features, labels, [10, 20], 0.07)
+
+
+@pytest.fixture
+def simulated_driver(monkeypatch):
+    """ttsem keeps tensors for "cuda" on the CPU. There, what needs a driver does nothing, and autocast for "cuda" is
+    that of the CPU, so that the networks do compute in half precision."""
+    if not SIMULATED:
+        return
+    autocast, loader = torch.autocast, torch.utils.data.DataLoader
+    monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
+    monkeypatch.setattr(torch.utils.data, "DataLoader",
+                        lambda *args, **kwargs: loader(*args, **kwargs | dict(pin_memory=False)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args: 0)
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+
+
+@needs_gpu
+@pytest.mark.parametrize("matches", ["boxes", "index and weight"])
+def test_triton_head_in_half_precision_against_float64(matches):
+    """The branch that only a GPU takes: float16 logits, bfloat16 gradients over them. Errors are relative norms."""
+    g, sizes, grids = torch.Generator().manual_seed(0), (2, 3), [(4, 4), (2, 2)]
+
+    def normal(*shape):
+        return F.normalize(torch.randn(*shape, 256, generator=g), dim=-1)
+
+    z, w, c = [normal(2, 2, 16), normal(3, 2, 4)], normal(8192), torch.randn(8192, generator=g) / 50
+    teacher_z, teacher_w = F.normalize(z[0] + normal(2, 2, 16), dim=-1), F.normalize(w + 0.3 * normal(8192), dim=-1)
+    boxes, upstream = random_boxes(5, 2, size=60), 3.0
+    options = dict(student_boxes=boxes.to(DEVICE), teacher_boxes=boxes[:2].to(DEVICE), student_grid=grids,
+                   teacher_grid=grids[0])
+    pairs = [geometric_matches(part[:, None], boxes[:2], grid, grids[0])
+             for part, grid in zip(boxes.split(sizes), grids)]
+    if matches != "boxes":              # masked in two ways: index -1, weight 0
+        pairs = [(index.where(torch.rand(index.shape, generator=g) < 0.8, -1), 2 * hinge * torch.rand(index.shape, generator=g))
+                 for index, hinge in pairs]
+        options = dict(zip(("index", "weight"), ([x.to(DEVICE) for x in part] for part in zip(*pairs))))
+    exact, truth = [x.double().requires_grad_() for x in (*z, w)], 0
+    for x, (index, weight) in zip(exact, pairs):
+        weight = weight * (index >= 0)
+        if x is exact[0]:               # skip_same_view
+            weight = weight * (1 - torch.eye(2))[:, :, None, None]
+        truth = truth + reference_cross_entropy(x @ exact[2].T, teacher_z.double() @ teacher_w.double().T, c, **TEMPS,
+                                                index=index.clamp(min=0), weight=weight)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (*z, w)]
+    loss = head_cross_entropy(leaves[:2], leaves[2], teacher_z.to(DEVICE), teacher_w.to(DEVICE), c.to(DEVICE), **TEMPS,
+                              **options, skip_same_view=True, max_bytes=8 * 2 ** 20)      # one image at a time
+    assert abs(loss.item() / truth.item() - 1) < 1e-5
+    for mine, wanted in zip(torch.autograd.grad(upstream * loss, leaves), torch.autograd.grad(upstream * truth, exact)):
+        error = (mine.cpu() - wanted).norm() / wanted.norm()
+        print(f"{matches}: {error:.1e}")
+        assert error < 4e-3
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_triton_training_has_the_losses_of_the_cpu(precision, simulated_driver, tmp_path):
+    """Two epochs of 6 steps, against the torch path in float32. Views have few patches, since ttsem takes some 3 ms for
+    each."""
+    tiny = "--data-fraction 0.02 --epochs 2 --global-size 16 --local-size 8 --blur-sigma 0.1 0.3"
+    losses = {}
+    for device, options in (("cpu", "--impl torch --precision fp32"), ("cuda", f"--precision {precision}")):
+        train_ok(f"{tiny} --output {device} --device {device} {options}", tmp_path)
+        losses[device] = np.array([[row["loss_image"], row["loss_patch"]] for row in log_of(tmp_path / device)])
+    print(losses, losses["cuda"] / losses["cpu"] - 1)
+    np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=0.01)
+    assert (abs(losses["cpu"][1] / losses["cpu"][0] - 1) > 0.05).any()      # more than the bound: training matters
 
 
 # ------------------------------------------------------------------------------------------------ views
