@@ -839,12 +839,11 @@ def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
         (z, weight, *teacher), geometry = head_inputs(B=1)
         assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 98 + 3 * 170
         assert without_kernels[0].rows == [98] and without_kernels[1].rows == [98, 72]
-        for z_learns, weight_learns, grad in ((0, 1, 1), (1, 0, 1), (0, 0, 1), (1, 1, 0)):
+        for z_learns, w_learns, grad in ((0, 1, 1), (1, 0, 1), (0, 0, 1), (1, 1, 0)):
             z = [x.detach().requires_grad_(bool(z_learns)) for x in z]
-            weight = weight.detach().requires_grad_(bool(weight_learns))
+            weight = weight.detach().requires_grad_(bool(w_learns))
             with torch.set_grad_enabled(bool(grad)):
-                products = 1 + grad * (z_learns + weight_learns)
-                assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 98 + 170 * products
+                assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 268 + 170 * grad * (z_learns + w_learns)
         boxes, grids = geometry["student_boxes"].split((2, 8)), geometry["student_grid"]
         parts = [geometry | dict(student_boxes=boxes[i], student_grid=grids[i]) for i in range(2)]
         apart = sum(flops_of(z[i], weight, *teacher, **parts[i], impl="torch") for i in range(2))
@@ -981,8 +980,8 @@ def test_triton_head_in_half_precision_against_float64(matches):
     if matches != "boxes":
         options = dict(index=[index.where(hinge > 0, -1) for index, hinge in pairs])
     if matches == "index and weight":
-        pairs = [(index, hinge * torch.rand(hinge.shape, generator=g)) for index, hinge in pairs]
-        options["weight"] = [weight for _, weight in pairs]
+        options["weight"] = [torch.rand(hinge.shape, generator=g) for _, hinge in pairs]
+        pairs = [(index, hinge * weight) for (index, hinge), weight in zip(pairs, options["weight"])]
     pairs[0][1][[0, 1], [0, 1]] = 0     # skip_same_view
     exact, truth = [x.double().requires_grad_() for x in (*z, w)], 0
     for x, (index, weight) in zip(exact, pairs):
@@ -990,8 +989,8 @@ def test_triton_head_in_half_precision_against_float64(matches):
                                          index=index, weight=weight)
     *z, w, teacher_z, teacher_w, c = (x.to(DEVICE).requires_grad_() for x in (*z, w, teacher_z, teacher_w, c))
     options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), options)
-    loss = head_cross_entropy(z, w, teacher_z, teacher_w, c, **TEMPS, **options, skip_same_view=True,
-                              max_bytes=2 ** 19)                # one image at a time
+    options |= dict(skip_same_view=True, max_bytes=2 ** 19)     # one image at a time
+    loss = head_cross_entropy(z, w, teacher_z, teacher_w, c, **TEMPS, **options)
     errors = [(mine.cpu() - wanted).norm() / wanted.norm() for mine, wanted in zip(
         torch.autograd.grad(3 * loss, [*z, w]), torch.autograd.grad(3 * truth, exact))]
     print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", *map("{:.1e}".format, errors))
@@ -1003,13 +1002,14 @@ def test_triton_head_in_half_precision_against_float64(matches):
 def test_triton_training_has_the_losses_of_the_cpu(precision, simulated_driver, tmp_path):
     """Two epochs of 6 steps, against the torch path in float32. ttsem takes 3 ms for a patch: so views have few."""
     tiny = "--data-fraction 0.02 --epochs 2 --global-size 16 --local-size 8 --blur-sigma 0.1 0.3"
-    losses = {}
+    logs = {}
     for device, options in (("cpu", "--impl torch --precision fp32"), ("cuda", f"--precision {precision}")):
         train_ok(f"{tiny} --output {device} --device {device} {options}", tmp_path)
-        losses[device] = np.array([[row["loss_image"], row["loss_patch"]] for row in log_of(tmp_path / device)])
-    print(losses, losses["cuda"] / losses["cpu"] - 1)
-    np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=0.01)
-    assert (abs(losses["cpu"][1] / losses["cpu"][0] - 1) > 0.05).any()      # more than the bound: training matters
+        log = log_of(tmp_path / device)
+        logs[device] = np.array([[row["loss_image"], row["loss_patch"], row["grad_norm"]] for row in log])
+    print(logs, logs["cuda"] / logs["cpu"] - 1)
+    np.testing.assert_array_less(abs(logs["cuda"] / logs["cpu"] - 1), [[0.01, 0.01, 0.1]] * 2)
+    assert (abs(logs["cpu"][1] / logs["cpu"][0] - 1) > 0.05).all()          # more than the bound: training matters
 
 
 # ------------------------------------------------------------------------------------------------ views
