@@ -67,7 +67,6 @@ SIMULATED = "ttsem" in sys.modules      # python -m ttsem.sanitize pytest: tenso
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or one that ttsem simulates")
 needs_fake_gpu = pytest.mark.skipif(DEVICE == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
                                     reason="a gradient of a fake CUDA tensor asks for a driver in this torch")
-needs_driver = pytest.mark.skipif(SIMULATED, reason="simulated: no driver, no memory of its own, no tensor on a CPU")
 torch.set_num_threads(1)
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:     # in the background or under nohup; a run rightly ignores them
@@ -529,10 +528,8 @@ def check_triton(s, t, c, match_args, upstream=1.0, skip=False):
         assert grad.dtype == s.dtype and grad.shape == s.shape and loss.dtype == torch.float32
         errors[impl] = abs(loss.item() - truth.item()), (grad.double() - truth_grad).abs().max().item()
     rounding = 2e-6 if t.dtype == torch.float32 else 5e-4       # half precision: probabilities are stored to 2^-11
-    # a bfloat16 gradient is rounded when it is stored, to 2^-8, and again when backward scales it
-    roundings = rounding, 2 ** -8 if s.dtype == torch.bfloat16 else rounding
     sizes = truth.abs().item(), truth_grad.abs().max().item()
-    for mine, torchs, size, rounding in zip(errors["triton"], errors["torch"], sizes, roundings):
+    for mine, torchs, size in zip(errors["triton"], errors["torch"], sizes):
         assert mine <= 1.1 * torchs + rounding * size, (errors, sizes)
 
 
@@ -665,7 +662,6 @@ def test_second_derivatives_are_right_or_refused():
 
 
 @needs_triton
-@needs_driver
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     tensors, boxes = case(B=1)
     s, t, c = (x.cpu() for x in tensors)
@@ -712,8 +708,7 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     assert (found - grad).norm() < 1e-2 * grad.norm()
 
 
-@needs_gpu
-@needs_driver
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_triton_beyond_two_to_the_31_elements():
     K, rows = 65536, 33000
     if torch.cuda.mem_get_info()[0] < 30 * 2 ** 30:
