@@ -103,19 +103,18 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     Args:
         student_logits: (V, B, Ns, K), or a list with one tensor (v, B, Ns, K) per size of view. The losses of the sizes
             are added, and the teacher's softmax is computed once. V counts the views of all sizes.
-        teacher_logits: (Q, B, Nt, K). center: (K,); DINO's is (1, K): give center.flatten().
+        teacher_logits: (Q, B, Nt, K). center: (K,); of DINO's (1, K) give center.flatten().
         skip_same_view=False: leave out the pairs v = q. The first Q student views must be the teacher's, in order.
         impl="auto": "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
         Which patches match, in one of three ways. For a list of sizes, student_grid, index and weight are lists too.
             student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: by geometry;
-            index (V, Q, B, Ns), integers in [0, Nt), or -1: masked (others are undefined on a GPU); and, if not every
-                match has weight 1, weight (V, Q, B, Ns), floating point, finite, >= 0;
+            index (V, Q, B, Ns), integers in [0, Nt), or -1: masked; weight (V, Q, B, Ns), any floats >= 0, default 1;
             nothing, if Ns = Nt = 1: the loss of whole images, as in DINO.
-        iBOT: index n for a masked patch n, else -1; -1 for v != q; weight Ns / (masked patches of the view), as the
-            mean is over Ns. Tokens already selected, in a number that varies: the batch axis, Ns = Nt = 1.
+        For iBOT, index is n where patch n is masked and v = q, else -1, and weight Ns / (masked patches of the view).
+        Where only the masked tokens are at hand, in a number that varies, they go into B, with Ns = Nt = 1.
     Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the centre.
-    Raises: ValueError where arguments do not fit; values of boxes, index and weight are checked on the CPU only, as a
-        GPU would have to wait. RuntimeError if a Triton loss is differentiated twice; with impl="torch" it can be.
+    Raises: ValueError where arguments do not fit. Values of boxes, index and weight are checked on the CPU only, since
+        a GPU would have to wait. RuntimeError if a Triton loss is differentiated twice; with impl="torch" it can be.
     """
     return head_cross_entropy(
         student_logits, None, teacher_logits, None, center, student_temp=student_temp, teacher_temp=teacher_temp,
@@ -123,13 +122,13 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
         student_grid=student_grid, teacher_grid=teacher_grid, hinge=hinge, index=index, weight=weight)
 
 
-# The torch path. The targets p of a teacher patch m sum to 1, and the logits z_n . w_k are linear in the prototypes w_k:
+# The torch path. Targets p_m sum to 1, and logits z_n . w_k are linear in the prototypes w_k. So the cross-entropy is
 #
-#     cross-entropy(n, m) = - sum_k p_mk (z_n . w_k / temp - lse_n)         lse_n = logsumexp_k(z_n . w_k / temp)
-#                         = lse_n - z_n . u_m / temp                        u_m   = sum_k p_mk w_k
+#     - sum_k p_mk (z_n . w_k / temp - lse_n) = lse_n - z_n . u_m / temp
+#     with  lse_n = logsumexp_k(z_n . w_k / temp)  and  u_m = sum_k p_mk w_k
 #
-# lse_n knows of no match. u_m is one vector of D numbers per teacher patch, made once: a match touches D numbers, not K.
-# With matches of weight c_nm, n has  lse_n sum_m c_nm - z_n . (sum_m c_nm u_m) / temp. Ready logits: D = K and u_m = p_m.
+# lse_n knows of no match, and u_m, D numbers, is made once for a teacher patch: a match touches D numbers, not K. With
+# matches m of weights c_m it is  lse_n sum_m c_m - z_n . sum_m c_m u_m / temp.  For ready logits, D = K and u_m = p_m.
 
 def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center, student_weight,
                 *students):
@@ -139,29 +138,49 @@ def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_we
     def logits(z, weight):
         return z if weight is None else z @ weight.to(dtype).T
 
-    teacher_logits = logits(teacher_z[:, chunk].to(dtype).contiguous(), teacher_weight)
-    u = F.softmax((teacher_logits - center.to(dtype)) / teacher_temp, dim=-1)               # (Q, b, Nt, K)
-    u = u if student_weight is None else u @ student_weight.to(dtype)                       # (Q, b, Nt, D)
-    u = F.pad(u, (0, 0, 0, 1))                                         # zeros behind the last patch: where -1 points
+    u = logits(teacher_z[:, chunk].to(dtype) / teacher_temp, teacher_weight).sub_(center.to(dtype) / teacher_temp)
+    u = torch.softmax(u, dim=-1, out=u)                                # (Q, b, Nt, K)
+    if student_weight is not None:
+        u = u @ student_weight.to(dtype)                               # (Q, b, Nt, D)
+    u = F.pad(u, (0, 0, 0, 1))                                         # index -1 points to zeros behind the last patch
     image = torch.arange(u.shape[1], device=u.device)[:, None]
-    loss = 0
+    rows = []                                                          # z, target and weight of all sizes of view
     for z, (index, weight, _, _) in zip(students, groups):
         index = index[chunk].movedim(0, 2).long()                      # (v, Q, b, Ns), -1 where masked
-        weight = index >= 0 if weight is None else weight[chunk].movedim(0, 2)
-        weight = weight.to(dtype)
+        weight = weight[chunk].movedim(0, 2).to(dtype) / max(1, teacher_z.shape[1] * z.shape[2])    # of a mean
         target = sum(weight[:, q, ..., None] * u[q][image, index[:, q]] for q in range(len(u)))     # (v, b, Ns, D)
         weight = weight.sum(1)                                         # (v, b, Ns)
         # where, not a product with 0: a masked row may hold NaN
         z = torch.where(weight[..., None] > 0, z[:, chunk].to(dtype), 0) / student_temp
-        lse = LSE(logits(z, student_weight))
-        if student_weight is None:                                     # logits: -inf is allowed where the target is 0
-            z = torch.where(target == 0, 0, z)
-        loss = loss + (weight * lse - (z * target).sum(-1)).sum() / max(1, teacher_z.shape[1] * z.shape[2])
-    return loss
+        rows.append((z.flatten(0, 2), target.flatten(0, 2), weight.flatten()))
+    z, target, weight = map(torch.cat, zip(*rows))
+    if student_weight is not None:
+        lse = _LinearLogSumExp.apply(z, student_weight.to(dtype))
+    else:
+        lse = z.logsumexp(-1)
+        z = torch.where(target == 0, 0, z)                             # a logit may be -inf where the target is 0
+    return (weight * lse).sum() - (z * target).sum()
 
 
-def LSE(x):
-    return x.logsumexp(-1)
+class _LinearLogSumExp(torch.autograd.Function):
+    """logsumexp_k(z_n . w_k) of z (N, D), w (K, D), with nothing but matrix products in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, z, w):
+        p = z @ w.T
+        top, k = p.max(-1, keepdim=True)
+        p = torch.softmax(p, dim=-1, out=p)
+        ctx.save_for_backward(z, w, p)
+        return (top - p.gather(-1, k).log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        z, w, p = ctx.saved_tensors
+        if torch.is_grad_enabled():             # create_graph=True: p has to know where it comes from
+            p = F.softmax(z @ w.T, dim=-1)
+        upstream = upstream[:, None]
+        grad_z = upstream * (p @ w) if ctx.needs_input_grad[0] else None
+        return grad_z, p.T @ (upstream * z) if ctx.needs_input_grad[1] else None
 
 
 def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, *, student_temp, teacher_temp,
@@ -175,22 +194,20 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         max_bytes: limit for the logits in memory (at least one image's are). The others: as in `local_cross_entropy`.
     Returns: a scalar. Gradients flow to student_z and student_weight only.
     Precision: torch: float32 logits. Triton on a GPU: float16 logits (bfloat16's step near 1 would change a teacher
-        probability by 10 %) and bfloat16 gradients of logits. So the rows of z and weight should be normalised: float16's
-        step grows with the logit, and at 100 it is a factor of 4.8 in a teacher's probability at temperature 0.04. If K
-        is no multiple of 16, the kernels need more than twice the instructions.
-    In DINO: `torch.nn.utils.weight_norm` sets `last_layer.weight` only when the layer is called, so it is stale here, and
-        the second step fails: use `torch.nn.utils.parametrizations.weight_norm`. A weight used outside `forward` does
-        not go with DistributedDataParallel(find_unused_parameters=True). The centre needs no logits: the batch mean of
-        the teacher's is teacher_weight @ teacher_z.mean((0, 1, 2)).
-    Until `backward` leave teacher_z and teacher_weight as they are, and outside inference mode: the torch path computes
-        the logits a second time if max_bytes allows only a part of the images. center is copied. A NaN in a masked row
-        of z may reach the weight's gradient.
+        probability by 10 %) and bfloat16 gradients of logits. So the rows of z and weight should be normalised: at a
+        logit of 100, float16's step is a factor of 4.8 in a teacher's probability (at temperature 0.04). If K is no
+        multiple of 16, the kernels need more than twice the instructions.
+    In DINO's code: `last_layer.weight` of `nn.utils.weight_norm` is stale and fails at the second step; use
+        `nn.utils.parametrizations.weight_norm`. DistributedDataParallel(find_unused_parameters=True) does not go with a
+        weight used outside `forward`. The centre's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
+    Before `backward`, change neither teacher_z nor teacher_weight in place, and make none of them in inference mode: if
+        max_bytes divides the images, the torch path computes twice. A masked NaN in z may reach the weight's gradient.
     """
     _require(student_temp > 0 and teacher_temp > 0, f"temperatures must be > 0, got {student_temp} and {teacher_temp}")
     _require(isinstance(max_bytes, (int, float)) and max_bytes > 0, f"max_bytes must be > 0, got {max_bytes!r}")
-    students, groups, unit, fused = _make_groups(
-        student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view, impl, student_boxes,
-        teacher_boxes, student_grid, teacher_grid, hinge, index, weight)
+    students, groups, fused = _make_groups(student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view,
+                                           impl, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge, index,
+                                           weight)
     B = teacher_z.shape[1]
     step = max(1, B)                            # images at a time
     if student_weight is not None:
@@ -204,23 +221,20 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         if fused:
             apply = torch.compiler.disable(_TritonLoss.apply)           # torch.compile breaks its graph here
             with torch.cuda.device_of(teacher_z):
-                loss = apply(step, torch.is_grad_enabled(), *arguments)
-        elif step >= B:
-            loss = _torch_loss(slice(None), *arguments)
-        else:
-            loss = sum(checkpoint(_torch_loss, slice(start, start + step), *arguments, use_reentrant=False,
-                                  preserve_rng_state=False) for start in range(0, B, step))
-    return loss if unit is None else unit * loss
+                return apply(step, torch.is_grad_enabled(), *arguments)
+        if step >= B:
+            return _torch_loss(slice(None), *arguments)
+        return sum(checkpoint(_torch_loss, slice(start, start + step), *arguments, use_reentrant=False,
+                              preserve_rng_state=False) for start in range(0, B, step))
 
 
 def _make_groups(students, student_weight, teacher, teacher_weight, center, skip_same_view, impl, student_boxes,
                  teacher_boxes, student_grid, teacher_grid, hinge, index, weight):
-    """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip_offset) for each; unit;
-    whether to use Triton.
+    """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip_offset) for each; whether
+    Triton is used.
 
-    table: matches (B, v, Q, Ns) int32, -1 if masked; or, for the kernel to find them, boxes (B, v + Q, 5) float32, the
-        student's first. It is a copy: the caller may change an index before a checkpoint's backward pass reads it.
-    weight: (B, v, Q, Ns) in multiples of unit, the largest weight of all: then no gradient overflows float16. None: 1.
+    table, weight: matches (B, v, Q, Ns) int32, -1 if masked, and their weights; or, for the kernel to find them, boxes
+        (B, v + Q, 5) float32, the student's first, and None. Copies: the caller may change an index before `backward`.
     grids: (rows, cols, rows, cols) of the student's and the teacher's patches.
     skip_offset: student view v of this size and teacher view q are left out if v - q == skip_offset.
     """
@@ -246,23 +260,14 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
         check("student_weight", student_weight, len(center), width)
         check("teacher_weight", teacher_weight, len(center), width)
     _require(min(V, Q, len(center)) > 0, f"no views or no prototypes: V = {V}, Q = {Q}, K = {len(center)}")
-    if student_boxes is None:
-        given = any(x is not None for x in (teacher_boxes, teacher_grid, *student_grid))
-        _require(not given, "student_grid, teacher_boxes and teacher_grid need student_boxes; index needs none of them")
-    unit = None
-    if any(x is not None for x in weight):
-        for x, matches in zip(weight, index):
-            _require(x is not None and matches is not None, "weight needs index, for every size of view")
-            check("weight", x, *matches.shape)
-            _require(x.is_floating_point(), "weight must be floating point")
-            _require(not _has_values(x) or (x.isfinite() & (x >= 0)).all(), "weight must be finite and >= 0")
-        unit = torch.cat([x.detach().flatten() for x in weight] + [center.new_zeros(1)]).amax()
-        unit = torch.where(unit > 0, unit, 1)
-    first, groups = 0, []
-    for student, grid, matches, factor in zip(students, student_grid, index, weight):
+    _require(student_boxes is not None or all(x is None for x in (teacher_boxes, teacher_grid, *student_grid)),
+             "boxes and grids need student_boxes")
+    first = 0
+    groups = []
+    for student, grid, matches, given in zip(students, student_grid, index, weight):
         v, _, Ns, _ = student.shape
-        table, grids, skip_offset = None, (Ns, 1, Nt, 1), -first if skip_same_view else V   # v - q is never V
         check(f"student_{kind}", student, v, B, Ns, width)
+        skip_offset = -first if skip_same_view else V                   # v - q is never V
         if student_boxes is not None:
             check("student_boxes", student_boxes, V, B, 5)
             check("teacher_boxes", teacher_boxes, Q, B, 5)
@@ -270,31 +275,33 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
             _check_geometry("student", boxes, grid, Ns)
             _check_geometry("teacher", teacher_boxes, teacher_grid, Nt)
             _require(matches is None, "give boxes or an index, not both")
-            if fused and hinge:                 # the kernel finds the matches
-                table = torch.cat([boxes, teacher_boxes]).float().transpose(0, 1)
-                grids = (*grid, *teacher_grid)
-            else:
-                matches, hinge_weight = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
-                matches = matches.where(hinge_weight > 0, -1)
+        first += v
+        _require(given is None or matches is not None, "weight needs index")
+        if student_boxes is not None and fused and hinge:               # the kernel finds the matches
+            table = torch.cat([boxes, teacher_boxes]).float().transpose(0, 1).contiguous()
+            groups.append((table, None, (*grid, *teacher_grid), skip_offset))
+            continue
+        if student_boxes is not None:
+            matches, factor = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
         elif matches is None:
             _require(Ns == Nt == 1, f"which patches match? Ns = {Ns}, Nt = {Nt}, and neither student_boxes nor index")
-            matches = torch.zeros(v, Q, B, 1, device=teacher.device)
+            factor = torch.ones(v, Q, B, 1, device=teacher.device)
+            matches = torch.zeros_like(factor)
         else:
             check("index", matches, v, Q, B, Ns)
             _require(matches.dtype != torch.bool and not matches.is_floating_point(), "index must hold integers")
-            matches = matches.long()            # -1 is no uint8
-            valid = not _has_values(matches) or ((matches >= -1) & (matches < Nt)).all()
-            _require(valid, f"index must be in [0, {Nt}), or -1")
-        if table is None:
-            pair = torch.arange(v, device=teacher.device)[:, None] - torch.arange(Q, device=teacher.device)
-            masked = (matches < 0) | (pair == skip_offset)[..., None, None]
-            if factor is not None:
-                masked = masked | (factor == 0)
-                factor = torch.where(masked, 0, factor.detach() / unit).movedim(2, 0).contiguous()
-            table = matches.int().masked_fill(masked, -1).movedim(2, 0)
-        groups.append((table.clone(memory_format=torch.contiguous_format), factor, grids, skip_offset))
-        first += v
-    return students, groups, unit, fused
+            matches = matches.long()                                    # -1 is no uint8
+            _require(not _has_values(matches) or ((matches >= -1) & (matches < Nt)).all(),
+                     f"index must be in [0, {Nt}), or -1")
+            factor = torch.ones(v, Q, B, Ns, device=teacher.device) if given is None else given.detach()
+            check("weight", factor, v, Q, B, Ns)
+            _require(factor.is_floating_point() and not (_has_values(factor) and not ((factor >= 0) & factor.isfinite()).all()),
+                     "weight must be floating point, finite and >= 0")
+        offset = torch.arange(v, device=teacher.device)[:, None] - torch.arange(Q, device=teacher.device)
+        used = (matches >= 0) & (factor > 0) & (offset != skip_offset)[..., None, None]
+        table, factor = (x.movedim(2, 0).contiguous() for x in (matches.int().where(used, -1), factor.where(used, 0)))
+        groups.append((table, factor, (Ns, 1, Nt, 1), skip_offset))
+    return students, groups, fused
 
 
 def _require(condition, message):
@@ -380,18 +387,15 @@ if triton is not None:
     @triton.jit
     def _matched_row(q, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
                      T_ROWS: tl.constexpr, T_COLS: tl.constexpr):
-        """The row of teacher view q matched with student row (v, b, n); how much of it to read: K, or 0 if masked; the
-        match's weight."""
+        """The row of teacher view q matched with student row (v, b, n); how much to read, K or 0 if masked; weight."""
         end = tl.where((q < Q) & (v - q != skip_offset), K, 0)
         q = tl.minimum(q, Q - 1)                # an odd number of views has no second one at the end
-        weight = 1.0
         if TABLE.dtype.element_ty == tl.int32:
             at = ((b * V + v) * Q + q).to(tl.int64) * (S_ROWS * S_COLS) + n
             m = tl.load(TABLE + at)
             end = tl.where(m < 0, 0, end)
             m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
-            if WEIGHT is not None:
-                weight = tl.load(WEIGHT + at)
+            weight = tl.load(WEIGHT + at).to(tl.float32)
         else:
             S, T = TABLE + (b * (V + Q) + v) * 5, TABLE + (b * (V + Q) + V + q) * 5
             s_height, s_width, t_height, t_width = tl.load(S + 2), tl.load(S + 3), tl.load(T + 2), tl.load(T + 3)
@@ -401,35 +405,26 @@ if triton is not None:
             col, dx = _nearest_cell(col, tl.load(S + 1), s_width, S_COLS, tl.load(T + 1), t_width, T_COLS)
             col = tl.where(tl.load(T + 4) > 0, T_COLS - 1 - col, col)
             m = (row * T_COLS + col).to(tl.int32)
+            weight = 1.0                        # a constant: to multiply by it costs no instruction
             y, x, t_y, t_x = s_height / S_ROWS, s_width / S_COLS, t_height / T_ROWS, t_width / T_COLS
             end = tl.where(4 * (dy * dy + dx * dx) < tl.maximum(y * y + x * x, t_y * t_y + t_x * t_x), end, 0)
         return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end, weight
-
-    @triton.jit
-    def _targets(P0, P1, cols, end0, end1, weight0, weight1, WEIGHT):
-        """A tile of sum_q w_q p_q."""
-        p0, p1 = _tile(P0, cols, end0, 0.0), _tile(P1, cols, end1, 0.0)
-        if WEIGHT is not None:
-            p0, p1 = p0 * weight0, p1 * weight1
-        return p0 + p1
 
     @triton.jit
     def _student_kernel(S, P, LOSS, DS, q, V, Q, B, K, scale, skip_offset, TABLE, S_ROWS: tl.constexpr,
                         S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK: tl.constexpr,
                         WEIGHT=None):
         """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp.
-
-        WEIGHT: like TABLE, which then holds an index; None: every match has weight 1.
-        """
+        TABLE, WEIGHT: as in `_make_groups`."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         per_image = V * S_ROWS * S_COLS
         b, rest = tl.program_id(0) // per_image, tl.program_id(0) % per_image
         v, n = rest // (S_ROWS * S_COLS), rest % (S_ROWS * S_COLS)
         row = ((v * B + b) * (S_ROWS * S_COLS) + n).to(tl.int64)
-        row0, end0, weight0 = _matched_row(q, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS, S_COLS, T_ROWS,
-                                           T_COLS)
-        row1, end1, weight1 = _matched_row(q + 1, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS, S_COLS,
-                                           T_ROWS, T_COLS)
+        row0, end0, w0 = _matched_row(q, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS, S_COLS,
+                                   T_ROWS, T_COLS)
+        row1, end1, w1 = _matched_row(q + 1, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS, S_COLS,
+                                   T_ROWS, T_COLS)
         end = tl.maximum(end0, end1)
         S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -437,7 +432,7 @@ if triton is not None:
         mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
         for k in range(0, end, BLOCK):          # a masked row reads nothing
             s = _tile(S, k + tile, end, float("-inf"))
-            p = _targets(P0, P1, k + tile, end0, end1, weight0, weight1, WEIGHT)
+            p = w0 * _tile(P0, k + tile, end0, 0.0) + w1 * _tile(P1, k + tile, end1, 0.0)
             mass += p                           # before the exponentials: all loads come first
             dot += p * tl.where(p == 0, 0.0, s)                         # 0 * -inf would be NaN
             peak, total = _add_exp2(peak, total, s, scale)
@@ -446,10 +441,10 @@ if triton is not None:
         loss = tl.sum(tl.sum(lse * mass - scale * dot, axis=1), axis=0) * (0.6931471805599453 / UNIT)
         tl.store(LOSS + row, tl.where(end > 0, loss, 0.0))
         if DS is not None:
-            weight = UNIT * (tl.where(end0 > 0, weight0, 0.0) + tl.where(end1 > 0, weight1, 0.0))
+            weight = UNIT * (tl.where(end0 > 0, w0, 0.0) + tl.where(end1 > 0, w1, 0.0))
             for k in range(0, K, BLOCK):
                 s = _tile(S, k + tile, end, float("-inf"))
-                p = _targets(P0, P1, k + tile, end0, end1, weight0, weight1, WEIGHT)
+                p = w0 * _tile(P0, k + tile, end0, 0.0) + w1 * _tile(P1, k + tile, end1, 0.0)
                 tl.store(DS + row * K + (k + tile), weight * tl.exp2(s * scale - lse) - p, mask=k + tile < K)
 
     INTERPRETED = not isinstance(_student_kernel, triton.runtime.JITFunction)
@@ -491,12 +486,12 @@ class _TritonLoss(torch.autograd.Function):
             _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **LAUNCH)
             for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
                 z, ds = students[i][:, chunk], None
-                table, factor, grids, skip_offset = groups[i]
-                table = table[chunk].clone()                            # clone: aligned
-                factor = None if factor is None else factor[chunk].float().clone()
+                *tables, grids, skip_offset = groups[i]
+                table, factor = (x if x is None else x[chunk].clone() for x in tables)      # clone: aligned
+                ds_type = None if factor is None else torch.float32     # given weights may overflow float16
                 s = z.to(logit_type).contiguous() @ weight.T if head else z.contiguous()    # (v, b, Ns, K)
                 if needs_weight or needs[i]:
-                    ds = s.view(grad_type) if head else torch.empty_like(s)
+                    ds = s.view(grad_type) if head else torch.empty_like(s, dtype=ds_type)
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)
                 _student_kernel[(loss.numel(),)](s, p, loss, ds, q, len(s), Q, s.shape[1], K, LOG2_E / student_temp,
                                                  skip_offset, table, *grids, WEIGHT=factor, **LAUNCH)
