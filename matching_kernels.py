@@ -46,8 +46,7 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     # boxes are few: float64 costs nothing
     s_top, s_left, s_height, s_width, s_flip = student_boxes.double().unsqueeze(-2).unbind(-1)   # each (..., 1)
     t_top, t_left, t_height, t_width, t_flip = teacher_boxes.double().unsqueeze(-2).unbind(-1)
-    s_rows, s_cols = student_grid
-    t_rows, t_cols = teacher_grid
+    (s_rows, s_cols), (t_rows, t_cols) = student_grid, teacher_grid
 
     def nearest_cell(cell, s_start, s_size, s_cells, t_start, t_size, t_cells):
         """Along one axis: the teacher cell that holds a student cell's midpoint; the distance of the two midpoints."""
@@ -57,8 +56,7 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
         nearest = at.floor().clamp(0, t_cells - 1)
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
-    row = torch.arange(s_rows, device=student_boxes.device)
-    col = torch.arange(s_cols, device=student_boxes.device)
+    row, col = (torch.arange(cells, device=student_boxes.device) for cells in student_grid)
     col = torch.where(s_flip > 0, s_cols - 1 - col, col)               # a flipped view shows its last column first
     t_row, dy = nearest_cell(row, s_top, s_height, s_rows, t_top, t_height, t_rows)     # (..., rows)
     t_col, dx = nearest_cell(col, s_left, s_width, s_cols, t_left, t_width, t_cols)     # (..., cols)
@@ -90,9 +88,7 @@ def reference_cross_entropy(student_logits, teacher_logits, center, student_temp
     return loss
 
 
-def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, skip_same_view=False,
-                        impl="auto", student_boxes=None, teacher_boxes=None, student_grid=None, teacher_grid=None,
-                        hinge=True, index=None, weight=None):
+def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, **matching):
     """Sum over pairs (student view v, teacher view q) of the mean over B and Ns of weight * cross-entropy, where
 
         cross-entropy(n) = - sum_k  softmax((t - center) / teacher_temp)[k] * log_softmax(s / student_temp)[k]
@@ -101,8 +97,8 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     (weight 0) adds nothing but stays in the mean's denominator.
 
     Args:
-        student_logits: (V, B, Ns, K), or a list with one tensor (v, B, Ns, K) per size of view. The losses of the sizes
-            are added, and the teacher's softmax is computed once. V counts the views of all sizes.
+        student_logits: (V, B, Ns, K), or a list with one tensor (v, B, Ns, K) per size of view: their losses are added,
+            and V counts the views of all sizes.
         teacher_logits: (Q, B, Nt, K). center: (K,); of DINO's (1, K) give center.flatten().
         skip_same_view=False: leave out the pairs v = q. The first Q student views must be the teacher's, in order.
         impl="auto": "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
@@ -110,38 +106,32 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
             student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: by geometry;
             index (V, Q, B, Ns), integers in [0, Nt), or -1: masked; weight (V, Q, B, Ns), any floats >= 0, default 1;
             nothing, if Ns = Nt = 1: the loss of whole images, as in DINO.
-        For iBOT, index is n where patch n is masked and v = q, else -1, and weight Ns / (masked patches of the view).
-        Where only the masked tokens are at hand, in a number that varies, they go into B, with Ns = Nt = 1.
+        iBOT: index n where patch n is masked and v = q, else -1, and weight Ns / (masked patches of the view). If only
+            the masked tokens are at hand, in a number that varies, they go into B, with Ns = Nt = 1.
     Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the centre.
     Raises: ValueError where arguments do not fit. Values of boxes, index and weight are checked on the CPU only, since
         a GPU would have to wait. RuntimeError if a Triton loss is differentiated twice; with impl="torch" it can be.
     """
-    return head_cross_entropy(
-        student_logits, None, teacher_logits, None, center, student_temp=student_temp, teacher_temp=teacher_temp,
-        skip_same_view=skip_same_view, impl=impl, student_boxes=student_boxes, teacher_boxes=teacher_boxes,
-        student_grid=student_grid, teacher_grid=teacher_grid, hinge=hinge, index=index, weight=weight)
+    return head_cross_entropy(student_logits, None, teacher_logits, None, center, student_temp=student_temp,
+                              teacher_temp=teacher_temp, **matching)
 
 
-# The torch path. Targets p_m sum to 1, and logits z_n . w_k are linear in the prototypes w_k. So the cross-entropy is
+# The torch path. As targets p_m sum to 1 and logits z_n . w_k are linear in the prototypes w_k, the cross-entropy is
 #
-#     - sum_k p_mk (z_n . w_k / temp - lse_n) = lse_n - z_n . u_m / temp
-#     with  lse_n = logsumexp_k(z_n . w_k / temp)  and  u_m = sum_k p_mk w_k
+#     - sum_k p_mk (z_n . w_k / temp - lse_n) = lse_n - z_n . u_m / temp,        u_m = sum_k p_mk w_k
 #
-# lse_n knows of no match, and u_m, D numbers, is made once for a teacher patch: a match touches D numbers, not K. With
-# matches m of weights c_m it is  lse_n sum_m c_m - z_n . sum_m c_m u_m / temp.  For ready logits, D = K and u_m = p_m.
+# with lse_n = logsumexp_k(z_n . w_k / temp), which knows of no match. u_m is made once for a teacher patch, so a match
+# touches D numbers, not K. Matches of weights c_m add up in sum_m c_m and sum_m c_m u_m. Ready logits: D = K, u_m = p_m.
 
 def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center, student_weight,
                 *students):
     """The part that a chunk (a slice) of the images has in the loss of all. Without weights (None), z are logits."""
     dtype = torch.promote_types(students[0].dtype, torch.float32)
-
-    def logits(z, weight):
-        return z if weight is None else z @ weight.to(dtype).T
-
-    u = logits(teacher_z[:, chunk].to(dtype) / teacher_temp, teacher_weight).sub_(center.to(dtype) / teacher_temp)
-    u = torch.softmax(u, dim=-1, out=u)                                # (Q, b, Nt, K)
-    if student_weight is not None:
-        u = u @ student_weight.to(dtype)                               # (Q, b, Nt, D)
+    weights = [w if w is None else w.to(dtype) for w in (teacher_weight, student_weight)]
+    u = teacher_z[:, chunk].to(dtype) / teacher_temp
+    u = (u if weights[0] is None else u @ weights[0].T).sub_(center.to(dtype) / teacher_temp)
+    torch.softmax(u, dim=-1, out=u)                                    # (Q, b, Nt, K)
+    u = u if weights[1] is None else u @ weights[1]                    # (Q, b, Nt, D)
     u = F.pad(u, (0, 0, 0, 1))                                         # index -1 points to zeros behind the last patch
     image = torch.arange(u.shape[1], device=u.device)[:, None]
     rows = []                                                          # z, target and weight of all sizes of view
@@ -154,30 +144,27 @@ def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_we
         z = torch.where(weight[..., None] > 0, z[:, chunk].to(dtype), 0) / student_temp
         rows.append((z.flatten(0, 2), target.flatten(0, 2), weight.flatten()))
     z, target, weight = map(torch.cat, zip(*rows))
-    if student_weight is not None:
-        lse = _LinearLogSumExp.apply(z, student_weight.to(dtype))
-    else:
-        lse = z.logsumexp(-1)
+    lse = z.logsumexp(-1) if weights[1] is None else _LinearLogSumExp.apply(z, weights[1])
+    if weights[1] is None:
         z = torch.where(target == 0, 0, z)                             # a logit may be -inf where the target is 0
     return (weight * lse).sum() - (z * target).sum()
 
 
 class _LinearLogSumExp(torch.autograd.Function):
-    """logsumexp_k(z_n . w_k) of z (N, D), w (K, D), with nothing but matrix products in its backward pass."""
+    """logsumexp_k(z_n . w_k) of z (N, D) and w (K, D). Its backward pass is matrix products, without a pass over K."""
 
     @staticmethod
     def forward(ctx, z, w):
         p = z @ w.T
         top, k = p.max(-1, keepdim=True)
-        p = torch.softmax(p, dim=-1, out=p)
+        torch.softmax(p, dim=-1, out=p)
         ctx.save_for_backward(z, w, p)
         return (top - p.gather(-1, k).log())[:, 0]
 
     @staticmethod
     def backward(ctx, upstream):
         z, w, p = ctx.saved_tensors
-        if torch.is_grad_enabled():             # create_graph=True: p has to know where it comes from
-            p = F.softmax(z @ w.T, dim=-1)
+        p = F.softmax(z @ w.T, dim=-1) if torch.is_grad_enabled() else p        # create_graph=True: p with its graph
         upstream = upstream[:, None]
         grad_z = upstream * (p @ w) if ctx.needs_input_grad[0] else None
         return grad_z, p.T @ (upstream * z) if ctx.needs_input_grad[1] else None
@@ -200,19 +187,18 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
     In DINO's code: `last_layer.weight` of `nn.utils.weight_norm` is stale and fails at the second step; use
         `nn.utils.parametrizations.weight_norm`. DistributedDataParallel(find_unused_parameters=True) does not go with a
         weight used outside `forward`. The centre's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
-    Before `backward`, change neither teacher_z nor teacher_weight in place, and make none of them in inference mode: if
-        max_bytes divides the images, the torch path computes twice. A masked NaN in z may reach the weight's gradient.
+    Until `backward`, change neither teacher_z nor teacher_weight in place; make no input in inference mode: in chunks,
+        the torch path computes all twice. A NaN in a masked row of z may reach the gradient of the weight.
     """
     _require(student_temp > 0 and teacher_temp > 0, f"temperatures must be > 0, got {student_temp} and {teacher_temp}")
     _require(isinstance(max_bytes, (int, float)) and max_bytes > 0, f"max_bytes must be > 0, got {max_bytes!r}")
-    students, groups, fused = _make_groups(student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view,
-                                           impl, student_boxes, teacher_boxes, student_grid, teacher_grid, hinge, index,
-                                           weight)
-    B = teacher_z.shape[1]
-    step = max(1, B)                            # images at a time
+    students, groups, fused = _make_groups(
+        student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view, impl, student_boxes,
+        teacher_boxes, student_grid, teacher_grid, hinge, index, weight)
+    B, step = teacher_z.shape[1], max(1, teacher_z.shape[1])            # step: images at a time
     if student_weight is not None:
-        rows = [z.shape[0] * z.shape[2] for z in students]              # of logits, per image
-        rows = teacher_z.shape[0] * teacher_z.shape[2] + (max(rows) if fused else sum(rows))    # Triton: size by size
+        rows = [z.shape[0] * z.shape[2] for z in students]              # of logits, per image; Triton: size after size
+        rows = teacher_z.shape[0] * teacher_z.shape[2] + (max(rows) if fused else sum(rows))
         most = max(1, max_bytes // max(1, rows * len(center) * (2 if fused and teacher_z.is_cuda else 4)))
         step = math.ceil(step / math.ceil(step / most))                 # chunks of about equal size
     teacher = teacher_z.detach(), None if teacher_weight is None else teacher_weight.detach(), center.detach().clone()
@@ -230,13 +216,13 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
 
 def _make_groups(students, student_weight, teacher, teacher_weight, center, skip_same_view, impl, student_boxes,
                  teacher_boxes, student_grid, teacher_grid, hinge, index, weight):
-    """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip_offset) for each; whether
-    Triton is used.
+    """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip) for each; whether to use
+    Triton. All are copies: the caller may change an index before `backward`.
 
     table, weight: matches (B, v, Q, Ns) int32, -1 if masked, and their weights; or, for the kernel to find them, boxes
-        (B, v + Q, 5) float32, the student's first, and None. Copies: the caller may change an index before `backward`.
+        (B, v + Q, 5) float32, the student's first, and None.
     grids: (rows, cols, rows, cols) of the student's and the teacher's patches.
-    skip_offset: student view v of this size and teacher view q are left out if v - q == skip_offset.
+    skip: student view v of this size and teacher view q are left out if v - q == skip.
     """
     if isinstance(students, torch.Tensor):
         students, student_grid, index, weight = [students], [student_grid], [index], [weight]
@@ -248,8 +234,7 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
     _require(all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (*students, teacher)),
              f"student_{kind} and teacher_{kind} must be tensors of 4 axes: views, images, patches, K or D")
     Q, B, Nt, width = teacher.shape
-    V = sum(map(len, students))
-    fused = _use_triton(impl, students[0])
+    V, fused, first, groups = sum(map(len, students)), _use_triton(impl, students[0]), 0, []
 
     def check(name, x, *shape):
         found = f"{tuple(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
@@ -262,12 +247,11 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
     _require(min(V, Q, len(center)) > 0, f"no views or no prototypes: V = {V}, Q = {Q}, K = {len(center)}")
     _require(student_boxes is not None or all(x is None for x in (teacher_boxes, teacher_grid, *student_grid)),
              "boxes and grids need student_boxes")
-    first = 0
-    groups = []
-    for student, grid, matches, given in zip(students, student_grid, index, weight):
+    for student, grid, matches, factor in zip(students, student_grid, index, weight):
         v, _, Ns, _ = student.shape
+        table, grids, skip = None, (Ns, 1, Nt, 1), -first if skip_same_view else V      # v - q is never V
         check(f"student_{kind}", student, v, B, Ns, width)
-        skip_offset = -first if skip_same_view else V                   # v - q is never V
+        _require(factor is None or matches is not None, "weight needs index")
         if student_boxes is not None:
             check("student_boxes", student_boxes, V, B, 5)
             check("teacher_boxes", teacher_boxes, Q, B, 5)
@@ -275,32 +259,29 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
             _check_geometry("student", boxes, grid, Ns)
             _check_geometry("teacher", teacher_boxes, teacher_grid, Nt)
             _require(matches is None, "give boxes or an index, not both")
-        first += v
-        _require(given is None or matches is not None, "weight needs index")
-        if student_boxes is not None and fused and hinge:               # the kernel finds the matches
-            table = torch.cat([boxes, teacher_boxes]).float().transpose(0, 1).contiguous()
-            groups.append((table, None, (*grid, *teacher_grid), skip_offset))
-            continue
-        if student_boxes is not None:
-            matches, factor = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
+            if fused and hinge:                 # the kernel finds the matches
+                table, grids = torch.cat([boxes, teacher_boxes]).float().transpose(0, 1), (*grid, *teacher_grid)
+            else:
+                matches, factor = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
         elif matches is None:
             _require(Ns == Nt == 1, f"which patches match? Ns = {Ns}, Nt = {Nt}, and neither student_boxes nor index")
-            factor = torch.ones(v, Q, B, 1, device=teacher.device)
-            matches = torch.zeros_like(factor)
+            matches = torch.zeros(v, Q, B, 1, device=teacher.device)
         else:
             check("index", matches, v, Q, B, Ns)
             _require(matches.dtype != torch.bool and not matches.is_floating_point(), "index must hold integers")
-            matches = matches.long()                                    # -1 is no uint8
-            _require(not _has_values(matches) or ((matches >= -1) & (matches < Nt)).all(),
-                     f"index must be in [0, {Nt}), or -1")
-            factor = torch.ones(v, Q, B, Ns, device=teacher.device) if given is None else given.detach()
+            matches = matches.long()            # -1 is no uint8
+            valid = not _has_values(matches) or ((matches >= -1) & (matches < Nt)).all()
+            _require(valid, f"index must be in [0, {Nt}), or -1")
+        if table is None:
+            factor = torch.ones(matches.shape, device=teacher.device) if factor is None else factor.detach()
             check("weight", factor, v, Q, B, Ns)
-            _require(factor.is_floating_point() and not (_has_values(factor) and not ((factor >= 0) & factor.isfinite()).all()),
-                     "weight must be floating point, finite and >= 0")
-        offset = torch.arange(v, device=teacher.device)[:, None] - torch.arange(Q, device=teacher.device)
-        used = (matches >= 0) & (factor > 0) & (offset != skip_offset)[..., None, None]
-        table, factor = (x.movedim(2, 0).contiguous() for x in (matches.int().where(used, -1), factor.where(used, 0)))
-        groups.append((table, factor, (Ns, 1, Nt, 1), skip_offset))
+            valid = not _has_values(factor) or ((factor >= 0) & (factor < math.inf)).all()
+            _require(factor.is_floating_point() and valid, "weight must be floating point, finite and >= 0")
+            offset = torch.arange(v, device=teacher.device)[:, None] - torch.arange(Q, device=teacher.device)
+            used = (matches >= 0) & (factor > 0) & (offset != skip)[..., None, None]
+            table, factor = matches.int().where(used, -1).movedim(2, 0), factor.where(used, 0).movedim(2, 0)
+        groups.append((table.contiguous(), None if factor is None else factor.contiguous(), grids, skip))
+        first += v
     return students, groups, fused
 
 
@@ -385,10 +366,10 @@ if triton is not None:
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
     @triton.jit
-    def _matched_row(q, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+    def _matched_row(q, b, v, n, V, Q, B, K, skip, TABLE, WEIGHT, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
                      T_ROWS: tl.constexpr, T_COLS: tl.constexpr):
         """The row of teacher view q matched with student row (v, b, n); how much to read, K or 0 if masked; weight."""
-        end = tl.where((q < Q) & (v - q != skip_offset), K, 0)
+        end = tl.where((q < Q) & (v - q != skip), K, 0)
         q = tl.minimum(q, Q - 1)                # an odd number of views has no second one at the end
         if TABLE.dtype.element_ty == tl.int32:
             at = ((b * V + v) * Q + q).to(tl.int64) * (S_ROWS * S_COLS) + n
@@ -411,20 +392,17 @@ if triton is not None:
         return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end, weight
 
     @triton.jit
-    def _student_kernel(S, P, LOSS, DS, q, V, Q, B, K, scale, skip_offset, TABLE, S_ROWS: tl.constexpr,
-                        S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK: tl.constexpr,
-                        WEIGHT=None):
-        """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp.
-        TABLE, WEIGHT: as in `_make_groups`."""
+    def _student_kernel(S, P, LOSS, DS, q, V, Q, B, K, scale, skip, TABLE, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+                        T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK: tl.constexpr, WEIGHT=None):
+        """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp. TABLE,
+        WEIGHT: as in `_make_groups`."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         per_image = V * S_ROWS * S_COLS
         b, rest = tl.program_id(0) // per_image, tl.program_id(0) % per_image
         v, n = rest // (S_ROWS * S_COLS), rest % (S_ROWS * S_COLS)
         row = ((v * B + b) * (S_ROWS * S_COLS) + n).to(tl.int64)
-        row0, end0, w0 = _matched_row(q, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS, S_COLS,
-                                   T_ROWS, T_COLS)
-        row1, end1, w1 = _matched_row(q + 1, b, v, n, V, Q, B, K, skip_offset, TABLE, WEIGHT, S_ROWS, S_COLS,
-                                   T_ROWS, T_COLS)
+        row0, end0, w0 = _matched_row(q, b, v, n, V, Q, B, K, skip, TABLE, WEIGHT, S_ROWS, S_COLS, T_ROWS, T_COLS)
+        row1, end1, w1 = _matched_row(q + 1, b, v, n, V, Q, B, K, skip, TABLE, WEIGHT, S_ROWS, S_COLS, T_ROWS, T_COLS)
         end = tl.maximum(end0, end1)
         S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -464,8 +442,7 @@ class _TritonLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step, wanted, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center,
                 student_weight, *students):
-        Q, B, _, _ = teacher_z.shape
-        K, head, center = len(center), student_weight is not None, center.contiguous()
+        (Q, B, _, _), K, head, center = teacher_z.shape, len(center), student_weight is not None, center.contiguous()
         needs_weight, *needs = (wanted and needed for needed in ctx.needs_input_grad[-1 - len(students):])
         logit_type, grad_type = teacher_z.dtype, None
         if head:
@@ -475,34 +452,33 @@ class _TritonLoss(torch.autograd.Function):
         unit = 2 ** 14 if logit_type.itemsize == 2 else 1
         grad_weight = torch.zeros_like(student_weight, dtype=torch.float32) if needs_weight else None
         grads = [torch.zeros_like(z, dtype=torch.float32) if head else None for z in students]
-        rows = [max(1, B * z.shape[2]) for z in students]               # of one view: the mean's denominator
-        ctx.scales = [1 / (unit * student_temp * n) for n in rows]
+        counts = [max(1, B * z.shape[2]) for z in students]             # the mean is over B and Ns
+        ctx.scales = [1 / (unit * student_temp * count) for count in counts]
         total = teacher_z.new_zeros((), dtype=torch.float32)
         for start in range(0, max(1, B), step):
             chunk = slice(start, start + step)
-            t = teacher_z[:, chunk].to(logit_type).contiguous()         # contiguous: one large product, not many
+            t = teacher_z[:, chunk].to(logit_type).contiguous()         # contiguous: one large matrix product, not many
             t = t @ teacher_weight.T if head else t
             p = t if head else torch.empty_like(t, dtype=torch.float16 if unit > 1 else torch.float32)
             _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **LAUNCH)
             for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
-                z, ds = students[i][:, chunk], None
-                *tables, grids, skip_offset = groups[i]
-                table, factor = (x if x is None else x[chunk].clone() for x in tables)      # clone: aligned
-                ds_type = None if factor is None else torch.float32     # given weights may overflow float16
+                z, ds, (table, factor, grids, skip) = students[i][:, chunk], None, groups[i]
+                table, factor = (x if x is None else x[chunk].clone() for x in (table, factor))     # clone: aligned
                 s = z.to(logit_type).contiguous() @ weight.T if head else z.contiguous()    # (v, b, Ns, K)
-                if needs_weight or needs[i]:
+                if needs_weight or needs[i]:    # ready logits: a match's weight may be too large for float16 gradients
+                    ds_type = s.dtype if factor is None else torch.float32
                     ds = s.view(grad_type) if head else torch.empty_like(s, dtype=ds_type)
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)
                 _student_kernel[(loss.numel(),)](s, p, loss, ds, q, len(s), Q, s.shape[1], K, LOG2_E / student_temp,
-                                                 skip_offset, table, *grids, WEIGHT=factor, **LAUNCH)
-                total += loss.sum() / rows[i]
+                                                 skip, table, *grids, WEIGHT=factor, **LAUNCH)
+                total += loss.sum() / counts[i]
                 if needs_weight:
                     grad_weight.add_(ds.view(-1, K).T @ z.flatten(0, 2).to(grad_type), alpha=ctx.scales[i])
                 if needs[i] and head:
                     grads[i][:, chunk] += ds @ weight_for_grad
                 elif needs[i]:
                     grads[i] = ds if grads[i] is None else grads[i].float() + ds
-                del s, ds                       # their memory serves the next product
+                del s, ds                       # their memory serves the next matrix product
             del t, p
         ctx.save_for_backward(grad_weight, *grads)
         return total
