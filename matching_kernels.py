@@ -121,33 +121,35 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
 #     - sum_k p_mk (z_n . w_k / temp - lse_n) = lse_n - z_n . u_m / temp,        u_m = sum_k p_mk w_k
 #
 # with lse_n = logsumexp_k(z_n . w_k / temp), which knows of no match. u_m is made once for a teacher patch, so a match
-# touches D numbers, not K. Matches of weights c_m add up in sum_m c_m and sum_m c_m u_m. Ready logits: D = K, u_m = p_m.
+# touches D numbers, not K. Matches of weights c_m add up in sum_m c_m and sum_m c_m u_m.
 
 def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center, student_weight,
                 *students):
     """The part that a chunk (a slice) of the images has in the loss of all. Without weights (None), z are logits."""
     dtype = torch.promote_types(students[0].dtype, torch.float32)
-    weights = [w if w is None else w.to(dtype) for w in (teacher_weight, student_weight)]
     u = teacher_z[:, chunk].to(dtype) / teacher_temp
-    u = (u if weights[0] is None else u @ weights[0].T).sub_(center.to(dtype) / teacher_temp)
-    torch.softmax(u, dim=-1, out=u)                                    # (Q, b, Nt, K)
-    u = u if weights[1] is None else u @ weights[1]                    # (Q, b, Nt, D)
+    u = u if teacher_weight is None else u @ teacher_weight.to(dtype).T
+    u = u.sub_(center.to(dtype) / teacher_temp)
+    u = torch.softmax(u, dim=-1, out=u)                                # (Q, b, Nt, K)
+    u = u if student_weight is None else u @ student_weight.to(dtype)  # (Q, b, Nt, D)
     u = F.pad(u, (0, 0, 0, 1))                                         # index -1 points to zeros behind the last patch
     image = torch.arange(u.shape[1], device=u.device)[:, None]
-    rows = []                                                          # z, target and weight of all sizes of view
+    loss, rows = 0, []                                                 # rows: z, target and weight, view by view
     for z, (index, weight, _, _) in zip(students, groups):
         index = index[chunk].movedim(0, 2).long()                      # (v, Q, b, Ns), -1 where masked
         weight = weight[chunk].movedim(0, 2).to(dtype) / max(1, teacher_z.shape[1] * z.shape[2])    # of a mean
-        target = sum(weight[:, q, ..., None] * u[q][image, index[:, q]] for q in range(len(u)))     # (v, b, Ns, D)
-        weight = weight.sum(1)                                         # (v, b, Ns)
-        # where, not a product with 0: a masked row may hold NaN
-        z = torch.where(weight[..., None] > 0, z[:, chunk].to(dtype), 0) / student_temp
-        rows.append((z.flatten(0, 2), target.flatten(0, 2), weight.flatten()))
-    z, target, weight = map(torch.cat, zip(*rows))
-    lse = z.logsumexp(-1) if weights[1] is None else _LinearLogSumExp.apply(z, weights[1])
-    if weights[1] is None:
-        z = torch.where(target == 0, 0, z)                             # a logit may be -inf where the target is 0
-    return (weight * lse).sum() - (z * target).sum()
+        for z, m, w in zip(z[:, chunk].to(dtype).unbind(), index, weight):
+            target = sum(w[q, ..., None] * u[q][image, m[q]] for q in range(len(u)))                # (b, Ns, D)
+            w = w.sum(0)                                               # (b, Ns)
+            z = torch.where(w[..., None] > 0, z, 0) / student_temp     # where: a masked row may hold NaN
+            if student_weight is None:                                 # a logit may be -inf where the target is 0
+                loss = loss - (target * torch.where(target == 0, 0, F.log_softmax(z, dim=-1))).sum()
+            else:
+                rows.append((z.flatten(0, 1), target.flatten(0, 1), w.flatten()))
+    if rows:
+        z, target, w = map(torch.cat, zip(*rows))
+        loss = (w * _LinearLogSumExp.apply(z, student_weight.to(dtype))).sum() - (z * target).sum()
+    return loss
 
 
 class _LinearLogSumExp(torch.autograd.Function):
