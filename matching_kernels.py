@@ -97,14 +97,13 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     (weight 0) adds nothing but stays in the mean's denominator.
 
     Args:
-        student_logits: (V, B, Ns, K), or a list with one tensor (v, B, Ns, K) per size of view: their losses are added,
-            and V counts the views of all sizes.
+        student_logits: (V, B, Ns, K), or a list, one (v, B, Ns, K) per size of view: losses add up, V counts all views.
         teacher_logits: (Q, B, Nt, K). center: (K,); of DINO's (1, K) give center.flatten().
         skip_same_view=False: leave out the pairs v = q. The first Q student views must be the teacher's, in order.
         impl="auto": "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
         Which patches match, in one of three ways. For a list of sizes, student_grid, index and weight are lists too.
             student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: by geometry;
-            index (V, Q, B, Ns), integers in [0, Nt), or -1: masked; weight (V, Q, B, Ns), any floats >= 0, default 1;
+            index (V, Q, B, Ns), integers in [0, Nt), -1: masked; and weight (V, Q, B, Ns), floats >= 0, default 1;
             nothing, if Ns = Nt = 1: the loss of whole images, as in DINO.
         iBOT: index n where patch n is masked and v = q, else -1, and weight Ns / (masked patches of the view). If only
             the masked tokens are at hand, in a number that varies, they go into B, with Ns = Nt = 1.
@@ -134,21 +133,21 @@ def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_we
     u = u if student_weight is None else u @ student_weight.to(dtype)  # (Q, b, Nt, D)
     u = F.pad(u, (0, 0, 0, 1))                                         # index -1 points to zeros behind the last patch
     image = torch.arange(u.shape[1], device=u.device)[:, None]
-    loss, rows = 0, []                                                 # rows: z, target and weight, view by view
+    loss, rows = 0, []                                                 # rows: z / temp, target, weight, view by view
     for z, (index, weight, _, _) in zip(students, groups):
         index = index[chunk].movedim(0, 2).long()                      # (v, Q, b, Ns), -1 where masked
         weight = weight[chunk].movedim(0, 2).to(dtype) / max(1, teacher_z.shape[1] * z.shape[2])    # of a mean
-        for z, m, w in zip(z[:, chunk].to(dtype).unbind(), index, weight):
+        for view, m, w in zip(z[:, chunk].to(dtype).unbind(), index, weight):
             target = sum(w[q, ..., None] * u[q][image, m[q]] for q in range(len(u)))                # (b, Ns, D)
             w = w.sum(0)                                               # (b, Ns)
-            z = torch.where(w[..., None] > 0, z, 0) / student_temp     # where: a masked row may hold NaN
+            x = torch.where(w[..., None] > 0, view, 0) / student_temp  # where: a masked row may hold NaN
             if student_weight is None:                                 # a logit may be -inf where the target is 0
-                loss = loss - (target * torch.where(target == 0, 0, F.log_softmax(z, dim=-1))).sum()
+                loss = loss - (target * torch.where(target == 0, 0, F.log_softmax(x, dim=-1))).sum()
             else:
-                rows.append((z.flatten(0, 1), target.flatten(0, 1), w.flatten()))
+                rows.append((x.flatten(0, 1), target.flatten(0, 1), w.flatten()))
     if rows:
-        z, target, w = map(torch.cat, zip(*rows))
-        loss = (w * _LinearLogSumExp.apply(z, student_weight.to(dtype))).sum() - (z * target).sum()
+        x, target, w = map(torch.cat, zip(*rows))                      # few large matrix products
+        loss = (w * _LinearLogSumExp.apply(x, student_weight.to(dtype))).sum() - (x * target).sum()
     return loss
 
 
@@ -190,7 +189,7 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         `nn.utils.parametrizations.weight_norm`. DistributedDataParallel(find_unused_parameters=True) does not go with a
         weight used outside `forward`. The centre's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
     Until `backward`, change neither teacher_z nor teacher_weight in place; make no input in inference mode: in chunks,
-        the torch path computes all twice. A NaN in a masked row of z may reach the gradient of the weight.
+        the torch path computes all twice. A NaN in a masked row of z may reach student_weight's gradient.
     """
     _require(student_temp > 0 and teacher_temp > 0, f"temperatures must be > 0, got {student_temp} and {teacher_temp}")
     _require(isinstance(max_bytes, (int, float)) and max_bytes > 0, f"max_bytes must be > 0, got {max_bytes!r}")
@@ -219,13 +218,9 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
 def _make_groups(students, student_weight, teacher, teacher_weight, center, skip_same_view, impl, student_boxes,
                  teacher_boxes, student_grid, teacher_grid, hinge, index, weight):
     """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip) for each; whether to use
-    Triton. All are copies: the caller may change an index before `backward`.
-
-    table, weight: matches (B, v, Q, Ns) int32, -1 if masked, and their weights; or, for the kernel to find them, boxes
-        (B, v + Q, 5) float32, the student's first, and None.
-    grids: (rows, cols, rows, cols) of the student's and the teacher's patches.
-    skip: student view v of this size and teacher view q are left out if v - q == skip.
-    """
+    Triton. Copies: the caller may change an index before `backward`. table, weight: matches (B, v, Q, Ns) int32, -1 if
+    masked, and their weights; or, for the kernel to find them, boxes (B, v + Q, 5), the student's first, and None. grids:
+    rows and cols of the student's and the teacher's patches. skip: v and q are left out if v - q == skip."""
     if isinstance(students, torch.Tensor):
         students, student_grid, index, weight = [students], [student_grid], [index], [weight]
     students, student_grid, index, weight = ([None] * len(students or [0]) if x is None else x
@@ -437,9 +432,7 @@ LAUNCH = dict(BLOCK=2048,               # elements of a tile: 8, or 16 bytes of 
 
 class _TritonLoss(torch.autograd.Function):
     """The loss and its gradient, for `step` images and two teacher views at a time; the backward pass only scales.
-
-    Without weights (None), z are the caller's logits. Else logits are private; their gradient is written over them.
-    """
+    Without weights (None), z are the caller's logits. Else logits are private; their gradient is written over them."""
 
     @staticmethod
     def forward(ctx, step, wanted, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center,
