@@ -219,8 +219,8 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
                  teacher_boxes, student_grid, teacher_grid, hinge, index, weight):
     """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip) for each; whether to use
     Triton. Copies: the caller may change an index before `backward`. table, weight: matches (B, v, Q, Ns) int32, -1 if
-    masked, and their weights; or, for the kernel to find them, boxes (B, v + Q, 5), the student's first, and None. grids:
-    rows and cols of the student's and the teacher's patches. skip: v and q are left out if v - q == skip."""
+    masked, and their weights; or, for the kernel to find them, boxes (B, v + Q, 5), the student's first, and None.
+    grids: rows, cols of the student's and the teacher's patches. skip: v and q are left out if v - q == skip."""
     if isinstance(students, torch.Tensor):
         students, student_grid, index, weight = [students], [student_grid], [index], [weight]
     students, student_grid, index, weight = ([None] * len(students or [0]) if x is None else x
