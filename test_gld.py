@@ -442,14 +442,14 @@ def test_loss_refuses_what_does_not_fit():
 def golden(name):
     path = GOLDEN / name
     if not path.exists():
-        pytest.skip(f"no reference outputs {path}")
+        pytest.skip(f"no recorded outputs {path}")
     with np.load(path) as file:
         return {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "fib" else str(file[k]) for k in file.files}
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("name", ["distance_hinge.npz", "distance_nohinge.npz", "similarity.npz"])
-def test_reference_outputs_of_the_official_loss(name, impl):
+def test_recorded_outputs_of_the_official_loss(name, impl):
     """The whole loss of gld.py: last layers that are the identity turn its bottlenecks into the given logits."""
     if impl == "triton" and DEVICE == "cuda":
         pytest.skip("heads are float16 on a GPU; in the interpreter they are float32")
