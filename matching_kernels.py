@@ -6,16 +6,14 @@
     loss = head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, ...the same...)
 
 The second includes the last layers, so that the (rows x K) logits never exist as a whole. Copy this file into your
-project; it needs torch, and Triton on a GPU. Read the torch functions first. `python matching_kernels.py` times both.
+project; it needs torch, and Triton on a GPU. Read the torch functions first.
 
     B       images                      V, Q    student views, teacher views
     K       prototypes                  Ns, Nt  patches of a student / teacher view: grid rows x cols, row-major
     box     where a view was cropped: (top, left, height, width, flip) in pixels of the original image; flip 0 or 1
-    match   for a student patch: the index of its teacher patch, and a weight 0 (masked) or 1
+    match   for a student patch: the index of its teacher patch, and a weight >= 0 (geometry gives 1, or 0: masked)
 """
-import argparse
 import itertools
-import json
 import math
 
 import torch
@@ -32,10 +30,11 @@ except ImportError:                     # no Triton for this platform: the torch
 def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, hinge=True):
     """For every student patch, the teacher patch that shows the same place of the image.
 
-    The teacher's patches tile its box. So the nearest teacher centre is found without distances: along each axis it is
-    the cell that holds the student patch's centre, clamped to the grid. A centre exactly on the border of two cells
-    goes to the lower or right one. With `hinge`, the weight of a match is 1 only if the two centres are closer than
-    half a diagonal of the larger patch: dist2 < max(halfdiag2). Otherwise it is 0. Without `hinge` every weight is 1.
+    The teacher's patches tile its box. So the nearest midpoint of a teacher patch is found without distances: along
+    each axis it is the cell that holds the student patch's midpoint, clamped to the grid. A midpoint exactly on the
+    border of two cells goes to the lower or right one. With `hinge`, the weight of a match is 1 only if the two
+    midpoints are closer than half a diagonal of the larger patch: dist2 < max(halfdiag2). Otherwise it is 0. Without
+    `hinge` every weight is 1.
 
     Args: student_boxes, teacher_boxes (..., 5); the leading shapes broadcast. student_grid, teacher_grid (rows, cols).
     Returns: index (..., Ns) int64 into the teacher's Nt patches, weight (..., Ns) float32.
@@ -50,8 +49,8 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     (s_rows, s_cols), (t_rows, t_cols) = student_grid, teacher_grid
 
     def nearest_cell(cell, s_start, s_size, s_cells, t_start, t_size, t_cells):
-        """Along one axis: the teacher cell that holds a student cell's centre, and how far apart the centres are."""
-        # the centre, s_start + (cell + 1/2) * s_size / s_cells, measured from t_start in teacher cells of size
+        """Along one axis: the teacher cell that holds a student cell's midpoint; the distance of the two midpoints."""
+        # the midpoint, s_start + (cell + 1/2) * s_size / s_cells, measured from t_start in teacher cells of size
         # t_size / t_cells; written with one division, so that integer boxes give exact ties
         at = ((2 * cell + 1) * s_size + 2 * s_cells * (s_start - t_start)) * t_cells / (2 * s_cells * t_size)
         nearest = at.floor().clamp(0, t_cells - 1)
@@ -72,7 +71,7 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
 def similarity_matches(student_features, teacher_features):
     """EsViT's matching: for every student patch, the teacher patch whose backbone features have the largest cosine.
     Args: (..., Ns, C), (..., Nt, C). Returns: index (..., Ns) int64; every match has weight 1."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(student_features.device.type, enabled=False):      # @ would round to 16 bits
         student = F.normalize(student_features.float(), dim=-1)
         teacher = F.normalize(teacher_features.float(), dim=-1)
         return (student @ teacher.mT).argmax(-1)
@@ -80,7 +79,8 @@ def similarity_matches(student_features, teacher_features):
 
 def reference_cross_entropy(student_logits, teacher_logits, center, student_temp, teacher_temp, index, weight):
     """The definition of the loss, pair by pair as in the official code, for tests. index, weight: (V, Q, B, Ns)."""
-    target, loss = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach(), 0
+    target = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach()
+    loss = 0
     for v, q in itertools.product(range(len(student_logits)), range(len(target))):
         matched = target[q].gather(1, index[v, q, ..., None].expand(-1, -1, target.shape[-1]))    # (B, Ns, K)
         cross_entropy = -(matched * F.log_softmax(student_logits[v] / student_temp, dim=-1)).sum(-1)
@@ -88,7 +88,7 @@ def reference_cross_entropy(student_logits, teacher_logits, center, student_temp
     return loss
 
 
-def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, **options):
+def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, **matching):
     """Sum over pairs (student view v, teacher view q) of the mean over B and Ns of weight * cross-entropy, where
 
         cross-entropy(n) = - sum_k  softmax((t - center) / teacher_temp)[k] * log_softmax(s / student_temp)[k]
@@ -97,51 +97,83 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     (weight 0) adds nothing but stays in the mean's denominator.
 
     Args:
-        student_logits: (V, B, Ns, K), or a list with one tensor (v, B, Ns, K) per size of view. The losses of the sizes
-            are added, and the teacher's softmax is computed once. V counts the views of all sizes.
-        teacher_logits: (Q, B, Nt, K). center: (K,).
-        skip_same_view=False: leave out the pairs v = q (student view v and teacher view v are the same crop).
+        student_logits: (V, B, Ns, K), or a list, one (v, B, Ns, K) per size of view: losses add up, V counts all views.
+        teacher_logits: (Q, B, Nt, K). center: (K,); of DINO's (1, K) give center.flatten().
+        skip_same_view=False: leave out the pairs v = q. The first Q student views must be the teacher's, in order.
         impl="auto": "triton", "torch", or "auto": Triton for CUDA tensors, torch for others and for float64.
-        Which patches match, in one of three ways. For a list of sizes, student_grid and index are lists too.
+        Which patches match, in one of three ways. For a list of sizes, student_grid, index and weight are lists too.
             student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge=True: by geometry;
-            index (V, Q, B, Ns), integers in [0, Nt), else undefined on a GPU: these matches, each with weight 1;
-            nothing, if Ns = Nt = 1: the loss of whole images.
+            index (V, Q, B, Ns), integers in [0, Nt), -1: masked; and weight (V, Q, B, Ns), floats >= 0, default 1;
+            nothing, if Ns = Nt = 1: the loss of whole images, as in DINO.
+        iBOT: index n where patch n is masked and v = q, else -1, and weight Ns / (masked patches of the view). If only
+            the masked tokens are at hand, in a number that varies, they go into B, with Ns = Nt = 1.
     Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the centre.
-    Raises: ValueError where arguments do not fit; values of boxes and index are checked on the CPU only, as a GPU would
-        have to wait. RuntimeError if a Triton loss is differentiated twice; with impl="torch" it can be.
+    Raises: ValueError where arguments do not fit. Values of boxes, index and weight are checked on the CPU only, since
+        a GPU would have to wait. RuntimeError if a Triton loss is differentiated twice; with impl="torch" it can be.
     """
     return head_cross_entropy(student_logits, None, teacher_logits, None, center, student_temp=student_temp,
-                              teacher_temp=teacher_temp, **options)
+                              teacher_temp=teacher_temp, **matching)
 
 
-def _torch_loss(groups, student_temp, teacher_temp, images, teacher_z, teacher_weight, center, student_weight,
+# The torch path. As targets p_m sum to 1 and logits z_n . w_k are linear in the prototypes w_k, the cross-entropy is
+#
+#     - sum_k p_mk (z_n . w_k / temp - lse_n) = lse_n - z_n . u_m / temp,        u_m = sum_k p_mk w_k
+#
+# with lse_n = logsumexp_k(z_n . w_k / temp), which knows of no match. u_m is made once for a teacher patch, so a match
+# touches D numbers, not K. Matches of weights c_m add up in sum_m c_m and sum_m c_m u_m.
+
+def _torch_loss(chunk, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center, student_weight,
                 *students):
-    """The part that a slice of the images has in the loss of all. Without weights (None), z are logits."""
-    def logits(z, weight):
-        return z[:, images] if weight is None else z[:, images].to(dtype).contiguous() @ weight.to(dtype).T
-
+    """The part that a chunk (a slice) of the images has in the loss of all. Without weights (None), z are logits."""
     dtype = torch.promote_types(students[0].dtype, torch.float32)
-    target = F.softmax((logits(teacher_z, teacher_weight).to(dtype) - center.to(dtype)) / teacher_temp, dim=-1)
-    loss, image = 0, torch.arange(target.shape[1], device=target.device)[:, None]
-    for z, (index, _, same) in zip(students, groups):
-        index = index[images]                                          # (B, v, Q, Ns), -1 where masked
-        for v, student in enumerate(logits(z, student_weight)):        # (B, Ns, K)
-            total = torch.zeros_like(student, dtype=dtype)
-            any_match = torch.zeros_like(student[..., :1], dtype=torch.bool)
-            # cross-entropy is linear in its target: add up the targets of all teacher views, then one product for all
-            for q in range(len(target)):
-                if v - q != same:
-                    match = index[:, v, q, :, None] >= 0               # (B, Ns, 1)
-                    total += torch.where(match, target[q][image, index[:, v, q].long()], 0)
-                    any_match |= match
-            # where, not a product with 0: a masked row may hold NaN, and -inf is allowed where the target is 0
-            log_p = F.log_softmax(torch.where(any_match, student.to(dtype), 0) / student_temp, dim=-1)
-            loss = loss - torch.where(total == 0, 0, total * log_p).sum() / max(1, any_match.numel())
-    return loss * (len(image) / max(1, teacher_z.shape[1]))            # the share of these images in the mean
+    u = teacher_z[:, chunk].to(dtype) / teacher_temp
+    u = u if teacher_weight is None else u @ teacher_weight.to(dtype).T
+    u = u.sub_(center.to(dtype) / teacher_temp)
+    u = torch.softmax(u, dim=-1, out=u)                                # (Q, b, Nt, K)
+    u = u if student_weight is None else u @ student_weight.to(dtype)  # (Q, b, Nt, D)
+    u = F.pad(u, (0, 0, 0, 1))                                         # index -1 points to zeros behind the last patch
+    image = torch.arange(u.shape[1], device=u.device)[:, None]
+    loss, rows = 0, []                                                 # rows: z / temp, target, weight, view by view
+    for z, (index, weight, _, _) in zip(students, groups):
+        index = index[chunk].movedim(0, 2).long()                      # (v, Q, b, Ns), -1 where masked
+        weight = weight[chunk].movedim(0, 2).to(dtype) / max(1, teacher_z.shape[1] * z.shape[2])    # of a mean
+        for view, m, w in zip(z[:, chunk].to(dtype).unbind(), index, weight):
+            target = sum(w[q, ..., None] * u[q][image, m[q]] for q in range(len(u)))                # (b, Ns, D)
+            w = w.sum(0)                                               # (b, Ns)
+            x = torch.where(w[..., None] > 0, view, 0) / student_temp  # where: a masked row may hold NaN
+            if student_weight is None:                                 # a logit may be -inf where the target is 0
+                loss = loss - (target * torch.where(target == 0, 0, F.log_softmax(x, dim=-1))).sum()
+            else:
+                rows.append((x.flatten(0, 1), target.flatten(0, 1), w.flatten()))
+    if rows:
+        x, target, w = map(torch.cat, zip(*rows))                      # few large matrix products
+        loss = (w * _LinearLogSumExp.apply(x, student_weight.to(dtype))).sum() - (x * target).sum()
+    return loss
+
+
+class _LinearLogSumExp(torch.autograd.Function):
+    """logsumexp_k(z_n . w_k) of z (N, D) and w (K, D). Its backward pass is matrix products, without a pass over K."""
+
+    @staticmethod
+    def forward(ctx, z, w):
+        p = z @ w.T
+        top, k = p.max(-1, keepdim=True)
+        torch.softmax(p, dim=-1, out=p)
+        ctx.save_for_backward(z, w, p)
+        return (top - p.gather(-1, k).log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        z, w, p = ctx.saved_tensors
+        p = F.softmax(z @ w.T, dim=-1) if torch.is_grad_enabled() else p        # create_graph=True: p with its graph
+        upstream = upstream[:, None]
+        grad_z = upstream * (p @ w) if ctx.needs_input_grad[0] else None
+        return grad_z, p.T @ (upstream * z) if ctx.needs_input_grad[1] else None
 
 
 def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, *, student_temp, teacher_temp,
-                       skip_same_view=False, impl="auto", max_bytes=512 * 2 ** 20, **matching):
+                       skip_same_view=False, impl="auto", student_boxes=None, teacher_boxes=None, student_grid=None,
+                       teacher_grid=None, hinge=True, index=None, weight=None, max_bytes=512 * 2 ** 20):
     """`local_cross_entropy` of the logits z @ weight.T, which are made for a few images at a time.
 
     Args:
@@ -150,48 +182,56 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         max_bytes: limit for the logits in memory (at least one image's are). The others: as in `local_cross_entropy`.
     Returns: a scalar. Gradients flow to student_z and student_weight only.
     Precision: torch: float32 logits. Triton on a GPU: float16 logits (bfloat16's step near 1 would change a teacher
-        probability by 10 %) and bfloat16 gradients of logits. So the rows of z and weight should be normalised: a logit
-        beyond 65504 becomes NaN. If K is no multiple of 16, the kernels need more than twice the instructions.
+        probability by 10 %) and bfloat16 gradients of logits. So the rows of z and weight should be normalised: at a
+        logit of 100, float16's step is a factor of 4.8 in a teacher's probability (at temperature 0.04). If K is no
+        multiple of 16, the kernels need more than twice the instructions.
+    In DINO's code: `last_layer.weight` of `nn.utils.weight_norm` is stale and fails at the second step; use
+        `nn.utils.parametrizations.weight_norm`. DistributedDataParallel(find_unused_parameters=True) does not go with a
+        weight used outside `forward`. The centre's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
+    Until `backward`, change neither teacher_z nor teacher_weight in place; make no input in inference mode: in chunks,
+        the torch path computes all twice. A NaN in a masked row of z may reach student_weight's gradient.
     """
-    students, groups, fused = _make_groups(student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view,
-                                           impl, **matching)
-    _require(min(student_temp, teacher_temp) > 0, f"temperatures must be > 0, got {student_temp} and {teacher_temp}")
+    _require(student_temp > 0 and teacher_temp > 0, f"temperatures must be > 0, got {student_temp} and {teacher_temp}")
+    _require(isinstance(max_bytes, (int, float)) and max_bytes > 0, f"max_bytes must be > 0, got {max_bytes!r}")
+    students, groups, fused = _make_groups(
+        student_z, student_weight, teacher_z, teacher_weight, center, skip_same_view, impl, student_boxes,
+        teacher_boxes, student_grid, teacher_grid, hinge, index, weight)
     B, step = teacher_z.shape[1], max(1, teacher_z.shape[1])            # step: images at a time
     if student_weight is not None:
-        rows = sum(z.shape[0] * z.shape[2] for z in (teacher_z, *students))     # of logits, per image
+        rows = [z.shape[0] * z.shape[2] for z in students]              # of logits, per image; Triton: size after size
+        rows = teacher_z.shape[0] * teacher_z.shape[2] + (max(rows) if fused else sum(rows))
         most = max(1, max_bytes // max(1, rows * len(center) * (2 if fused and teacher_z.is_cuda else 4)))
-        step = math.ceil(step / math.ceil(step / most))                 # in chunks of equal size
-    teacher = [x if x is None else x.detach() for x in (teacher_z, teacher_weight, center)]
-    options = groups, float(student_temp), float(teacher_temp)
-    with torch.autocast(teacher_z.device.type, enabled=False), torch.cuda.device_of(teacher_z):
+        step = math.ceil(step / math.ceil(step / most))                 # chunks of about equal size
+    teacher = teacher_z.detach(), None if teacher_weight is None else teacher_weight.detach(), center.detach().clone()
+    arguments = groups, float(student_temp), float(teacher_temp), *teacher, student_weight, *students
+    with torch.autocast(teacher_z.device.type, enabled=False):
         if fused:
             apply = torch.compiler.disable(_TritonLoss.apply)           # torch.compile breaks its graph here
-            return apply(*options, step, torch.is_grad_enabled(), *teacher, student_weight, *students)
+            with torch.cuda.device_of(teacher_z):
+                return apply(step, torch.is_grad_enabled(), *arguments)
         if step >= B:
-            return _torch_loss(*options, slice(None), *teacher, student_weight, *students)
-        return sum(checkpoint(_torch_loss, *options, slice(start, start + step), *teacher, student_weight, *students,
-                              use_reentrant=False, preserve_rng_state=False) for start in range(0, B, step))
+            return _torch_loss(slice(None), *arguments)
+        return sum(checkpoint(_torch_loss, slice(start, start + step), *arguments, use_reentrant=False,
+                              preserve_rng_state=False) for start in range(0, B, step))
 
 
-def _make_groups(students, student_weight, teacher, teacher_weight, center, skip_same_view, impl, *, student_boxes=None,
-                 teacher_boxes=None, student_grid=None, teacher_grid=None, hinge=True, index=None):
-    """Check all arguments. Returns: students as a list; a group (table, grids, same) for each; whether to use Triton.
-
-    table: matches (B, v, Q, Ns) int32, -1 if masked; or, for the kernel to find them, boxes (B, v + Q, 5) float32, the
-        student's first. It is a copy: the caller may change an index before a checkpoint's backward pass reads it.
-    grids: (rows, cols, rows, cols) of the student's and the teacher's patches.
-    same: student view v of this size and teacher view q are left out if v - q == same.
-    """
+def _make_groups(students, student_weight, teacher, teacher_weight, center, skip_same_view, impl, student_boxes,
+                 teacher_boxes, student_grid, teacher_grid, hinge, index, weight):
+    """Check all arguments. Returns: students as a list; a group (table, weight, grids, skip) for each; whether to use
+    Triton. Copies: the caller may change an index before `backward`. table, weight: matches (B, v, Q, Ns) int32, -1 if
+    masked, and their weights; or, for the kernel to find them, boxes (B, v + Q, 5), the student's first, and None.
+    grids: rows, cols of the student's and the teacher's patches. skip: v and q are left out if v - q == skip."""
     if isinstance(students, torch.Tensor):
-        students, student_grid, index = [students], [student_grid], [index]
-    students, student_grid, index = ([None] * len(students or [0]) if x is None else x
-                                     for x in (students, student_grid, index))
-    kind, first, groups = "logits" if student_weight is None else "z", 0, []
-    _require(len(students) == len(student_grid) == len(index) > 0,
-             f"student_{kind}, student_grid and index must be lists of one length, one entry per size of view")
+        students, student_grid, index, weight = [students], [student_grid], [index], [weight]
+    students, student_grid, index, weight = ([None] * len(students or [0]) if x is None else x
+                                             for x in (students, student_grid, index, weight))
+    kind = "logits" if student_weight is None else "z"
+    _require(len(students) == len(student_grid) == len(index) == len(weight) > 0,
+             f"student_{kind}, student_grid, index and weight must be lists of one length, an entry per size of view")
     _require(all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (*students, teacher)),
-             f"student_{kind} and teacher_{kind} must be tensors of 4 axes: views, images, patches, columns")
-    (Q, B, Nt, width), V, fused = teacher.shape, sum(map(len, students)), _use_triton(impl, students[0])
+             f"student_{kind} and teacher_{kind} must be tensors of 4 axes: views, images, patches, K or D")
+    Q, B, Nt, width = teacher.shape
+    V, fused, first, groups = sum(map(len, students)), _use_triton(impl, students[0]), 0, []
 
     def check(name, x, *shape):
         found = f"{tuple(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
@@ -201,11 +241,14 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
     if kind == "z":
         check("student_weight", student_weight, len(center), width)
         check("teacher_weight", teacher_weight, len(center), width)
-    _require(min(V, Q, len(center)) > 0, f"no views or no columns: V = {V}, Q = {Q}, K = {len(center)}")
-    for student, grid, matches in zip(students, student_grid, index):
+    _require(min(V, Q, len(center)) > 0, f"no views or no prototypes: V = {V}, Q = {Q}, K = {len(center)}")
+    _require(student_boxes is not None or all(x is None for x in (teacher_boxes, teacher_grid, *student_grid)),
+             "boxes and grids need student_boxes")
+    for student, grid, matches, factor in zip(students, student_grid, index, weight):
         v, _, Ns, _ = student.shape
-        table, grids = None, (Ns, 1, Nt, 1)
+        table, grids, skip = None, (Ns, 1, Nt, 1), -first if skip_same_view else V      # v - q is never V
         check(f"student_{kind}", student, v, B, Ns, width)
+        _require(factor is None or matches is not None, "weight needs index")
         if student_boxes is not None:
             check("student_boxes", student_boxes, V, B, 5)
             check("teacher_boxes", teacher_boxes, Q, B, 5)
@@ -216,18 +259,25 @@ def _make_groups(students, student_weight, teacher, teacher_weight, center, skip
             if fused and hinge:                 # the kernel finds the matches
                 table, grids = torch.cat([boxes, teacher_boxes]).float().transpose(0, 1), (*grid, *teacher_grid)
             else:
-                matches, weight = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
-                matches = matches.where(weight > 0, -1)
+                matches, factor = geometric_matches(boxes[:, None], teacher_boxes, grid, teacher_grid, hinge)
         elif matches is None:
             _require(Ns == Nt == 1, f"which patches match? Ns = {Ns}, Nt = {Nt}, and neither student_boxes nor index")
             matches = torch.zeros(v, Q, B, 1, device=teacher.device)
         else:
             check("index", matches, v, Q, B, Ns)
             _require(matches.dtype != torch.bool and not matches.is_floating_point(), "index must hold integers")
-            _require(not _has_values(matches) or ((matches >= 0) & (matches < Nt)).all(), f"index must be in [0, {Nt})")
-        table = matches.int().movedim(2, 0) if table is None else table
-        same = -first if skip_same_view else V                          # v - q is never V
-        groups.append((table.clone(memory_format=torch.contiguous_format), grids, same))
+            matches = matches.long()            # -1 is no uint8
+            valid = not _has_values(matches) or ((matches >= -1) & (matches < Nt)).all()
+            _require(valid, f"index must be in [0, {Nt}), or -1")
+        if table is None:
+            factor = torch.ones(matches.shape, device=teacher.device) if factor is None else factor.detach()
+            check("weight", factor, v, Q, B, Ns)
+            valid = not _has_values(factor) or ((factor >= 0) & (factor < math.inf)).all()
+            _require(factor.is_floating_point() and valid, "weight must be floating point, finite and >= 0")
+            offset = torch.arange(v, device=teacher.device)[:, None] - torch.arange(Q, device=teacher.device)
+            used = (matches >= 0) & (factor > 0) & (offset != skip)[..., None, None]
+            table, factor = matches.int().where(used, -1).movedim(2, 0), factor.where(used, 0).movedim(2, 0)
+        groups.append((table.contiguous(), None if factor is None else factor.contiguous(), grids, skip))
         first += v
     return students, groups, fused
 
@@ -313,14 +363,17 @@ if triton is not None:
         return nearest, (at - nearest - 0.5) * t_size / t_cells
 
     @triton.jit
-    def _matched_row(q, b, v, n, V, Q, B, K, same, TABLE, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+    def _matched_row(q, b, v, n, V, Q, B, K, skip, TABLE, WEIGHT, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
                      T_ROWS: tl.constexpr, T_COLS: tl.constexpr):
-        """The row of teacher view q matched with student row (v, b, n); how much of it to read: K, or 0 if masked."""
-        end = tl.where((q < Q) & (v - q != same), K, 0)
+        """The row of teacher view q matched with student row (v, b, n); how much to read, K or 0 if masked; weight."""
+        end = tl.where((q < Q) & (v - q != skip), K, 0)
         q = tl.minimum(q, Q - 1)                # an odd number of views has no second one at the end
         if TABLE.dtype.element_ty == tl.int32:
-            m = tl.load(TABLE + ((b * V + v) * Q + q).to(tl.int64) * (S_ROWS * S_COLS) + n)
+            at = ((b * V + v) * Q + q).to(tl.int64) * (S_ROWS * S_COLS) + n
+            m = tl.load(TABLE + at)
+            end = tl.where(m < 0, 0, end)
             m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
+            weight = tl.load(WEIGHT + at).to(tl.float32)
         else:
             S, T = TABLE + (b * (V + Q) + v) * 5, TABLE + (b * (V + Q) + V + q) * 5
             s_height, s_width, t_height, t_width = tl.load(S + 2), tl.load(S + 3), tl.load(T + 2), tl.load(T + 3)
@@ -330,21 +383,23 @@ if triton is not None:
             col, dx = _nearest_cell(col, tl.load(S + 1), s_width, S_COLS, tl.load(T + 1), t_width, T_COLS)
             col = tl.where(tl.load(T + 4) > 0, T_COLS - 1 - col, col)
             m = (row * T_COLS + col).to(tl.int32)
+            weight = 1.0                        # a constant: to multiply by it costs no instruction
             y, x, t_y, t_x = s_height / S_ROWS, s_width / S_COLS, t_height / T_ROWS, t_width / T_COLS
             end = tl.where(4 * (dy * dy + dx * dx) < tl.maximum(y * y + x * x, t_y * t_y + t_x * t_x), end, 0)
-        return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end
+        return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end, weight
 
     @triton.jit
-    def _student_kernel(S, P, LOSS, DS, q, V, Q, B, K, scale, same, TABLE, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
-                        T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK: tl.constexpr):
-        """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp."""
+    def _student_kernel(S, P, LOSS, DS, q, V, Q, B, K, scale, skip, TABLE, S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+                        T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK: tl.constexpr, WEIGHT=None):
+        """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp. TABLE,
+        WEIGHT: as in `_make_groups`."""
         UNIT: tl.constexpr = 1.0 if P.dtype.element_ty == tl.float32 else 16384.0
         per_image = V * S_ROWS * S_COLS
         b, rest = tl.program_id(0) // per_image, tl.program_id(0) % per_image
         v, n = rest // (S_ROWS * S_COLS), rest % (S_ROWS * S_COLS)
         row = ((v * B + b) * (S_ROWS * S_COLS) + n).to(tl.int64)
-        row0, end0 = _matched_row(q, b, v, n, V, Q, B, K, same, TABLE, S_ROWS, S_COLS, T_ROWS, T_COLS)
-        row1, end1 = _matched_row(q + 1, b, v, n, V, Q, B, K, same, TABLE, S_ROWS, S_COLS, T_ROWS, T_COLS)
+        row0, end0, w0 = _matched_row(q, b, v, n, V, Q, B, K, skip, TABLE, WEIGHT, S_ROWS, S_COLS, T_ROWS, T_COLS)
+        row1, end1, w1 = _matched_row(q + 1, b, v, n, V, Q, B, K, skip, TABLE, WEIGHT, S_ROWS, S_COLS, T_ROWS, T_COLS)
         end = tl.maximum(end0, end1)
         S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -352,7 +407,7 @@ if triton is not None:
         mass, dot = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
         for k in range(0, end, BLOCK):          # a masked row reads nothing
             s = _tile(S, k + tile, end, float("-inf"))
-            p = _tile(P0, k + tile, end0, 0.0) + _tile(P1, k + tile, end1, 0.0)
+            p = w0 * _tile(P0, k + tile, end0, 0.0) + w1 * _tile(P1, k + tile, end1, 0.0)
             mass += p                           # before the exponentials: all loads come first
             dot += p * tl.where(p == 0, 0.0, s)                         # 0 * -inf would be NaN
             peak, total = _add_exp2(peak, total, s, scale)
@@ -361,10 +416,10 @@ if triton is not None:
         loss = tl.sum(tl.sum(lse * mass - scale * dot, axis=1), axis=0) * (0.6931471805599453 / UNIT)
         tl.store(LOSS + row, tl.where(end > 0, loss, 0.0))
         if DS is not None:
-            weight = UNIT * ((end0 > 0).to(tl.float32) + (end1 > 0).to(tl.float32))
+            weight = UNIT * (tl.where(end0 > 0, w0, 0.0) + tl.where(end1 > 0, w1, 0.0))
             for k in range(0, K, BLOCK):
                 s = _tile(S, k + tile, end, float("-inf"))
-                p = _tile(P0, k + tile, end0, 0.0) + _tile(P1, k + tile, end1, 0.0)
+                p = w0 * _tile(P0, k + tile, end0, 0.0) + w1 * _tile(P1, k + tile, end1, 0.0)
                 tl.store(DS + row * K + (k + tile), weight * tl.exp2(s * scale - lse) - p, mask=k + tile < K)
 
     INTERPRETED = not isinstance(_student_kernel, triton.runtime.JITFunction)
@@ -377,103 +432,59 @@ LAUNCH = dict(BLOCK=2048,               # elements of a tile: 8, or 16 bytes of 
 
 class _TritonLoss(torch.autograd.Function):
     """The loss and its gradient, for `step` images and two teacher views at a time; the backward pass only scales.
-
-    Without weights (None), z are the caller's logits. Else logits are private; their gradient is written over them.
-    """
+    Without weights (None), z are the caller's logits. Else logits are private; their gradient is written over them."""
 
     @staticmethod
-    def forward(ctx, groups, student_temp, teacher_temp, step, wanted, teacher_z, teacher_weight, center,
+    def forward(ctx, step, wanted, groups, student_temp, teacher_temp, teacher_z, teacher_weight, center,
                 student_weight, *students):
-        (Q, B, _, _), K, head = teacher_z.shape, len(center), student_weight is not None
-        needs_weight, *needs = (wanted and needed for needed in ctx.needs_input_grad[8:])
-        logit_type, grad_type, center = teacher_z.dtype, None, center.contiguous()
+        (Q, B, _, _), K, head, center = teacher_z.shape, len(center), student_weight is not None, center.contiguous()
+        needs_weight, *needs = (wanted and needed for needed in ctx.needs_input_grad[-1 - len(students):])
+        logit_type, grad_type = teacher_z.dtype, None
         if head:
             logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
             weight, teacher_weight = student_weight.to(logit_type), teacher_weight.to(logit_type)
+            weight_for_grad = student_weight.to(grad_type) if any(needs) else None
         unit = 2 ** 14 if logit_type.itemsize == 2 else 1
         grad_weight = torch.zeros_like(student_weight, dtype=torch.float32) if needs_weight else None
         grads = [torch.zeros_like(z, dtype=torch.float32) if head else None for z in students]
-        losses = [z.new_zeros(z.shape[:3], dtype=torch.float32) for z in students]
-        ctx.scales = [1 / (unit * student_temp * max(1, loss[0].numel())) for loss in losses]
-        for start in range(0, B, step):
-            images = slice(start, start + step)
-            t = teacher_z[:, images].to(logit_type).contiguous()        # contiguous: one large product, not many
+        counts = [max(1, B * z.shape[2]) for z in students]             # the mean is over B and Ns
+        ctx.scales = [1 / (unit * student_temp * count) for count in counts]
+        total = teacher_z.new_zeros((), dtype=torch.float32)
+        for start in range(0, max(1, B), step):
+            chunk = slice(start, start + step)
+            t = teacher_z[:, chunk].to(logit_type).contiguous()         # contiguous: one large matrix product, not many
             t = t @ teacher_weight.T if head else t
             p = t if head else torch.empty_like(t, dtype=torch.float16 if unit > 1 else torch.float32)
             _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **LAUNCH)
             for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
-                z, (table, grids, same), ds = students[i][:, images], groups[i], None
+                z, ds, (table, factor, grids, skip) = students[i][:, chunk], None, groups[i]
+                table, factor = (x if x is None else x[chunk].clone() for x in (table, factor))     # clone: aligned
                 s = z.to(logit_type).contiguous() @ weight.T if head else z.contiguous()    # (v, b, Ns, K)
-                if needs_weight or needs[i]:
-                    ds = s.view(grad_type) if head else torch.empty_like(s)
+                if needs_weight or needs[i]:    # ready logits: a match's weight may be too large for float16 gradients
+                    ds_type = s.dtype if factor is None else torch.float32
+                    ds = s.view(grad_type) if head else torch.empty_like(s, dtype=ds_type)
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)
                 _student_kernel[(loss.numel(),)](s, p, loss, ds, q, len(s), Q, s.shape[1], K, LOG2_E / student_temp,
-                                                 same, table[images].clone(), *grids, **LAUNCH)     # clone: aligned
-                losses[i][:, images] += loss
+                                                 skip, table, *grids, WEIGHT=factor, **LAUNCH)
+                total += loss.sum() / counts[i]
                 if needs_weight:
                     grad_weight.add_(ds.view(-1, K).T @ z.flatten(0, 2).to(grad_type), alpha=ctx.scales[i])
                 if needs[i] and head:
-                    grads[i][:, images] += ds @ weight.to(grad_type)
+                    grads[i][:, chunk] += ds @ weight_for_grad
                 elif needs[i]:
                     grads[i] = ds if grads[i] is None else grads[i].float() + ds
-                del s, ds                       # their memory serves the next product
+                del s, ds                       # their memory serves the next matrix product
             del t, p
-        ctx.save_for_backward(grad_weight, *grads, *losses)
-        return sum(loss.sum() / max(1, loss[0].numel()) for loss in losses)
+        ctx.save_for_backward(grad_weight, *grads)
+        return total
 
     @staticmethod
     def backward(ctx, upstream):
         if torch.is_grad_enabled():             # create_graph=True
             raise RuntimeError("the Triton loss cannot be differentiated twice; impl='torch' is twice differentiable")
-        grad_weight, *saved = ctx.saved_tensors
-        grads, losses = saved[:len(ctx.scales)], saved[len(ctx.scales):]
-        for i, (grad, loss) in enumerate(zip(grads, losses)):
-            if grad is not None:                # a row without a match gets 0, also if upstream is NaN
-                factor = torch.where(loss == 0, 0, upstream * ctx.scales[i])[..., None]
-                grads[i] = torch.mul(grad, factor, out=torch.empty_like(grad))
-        return *[None] * 8, None if grad_weight is None else grad_weight * upstream, *grads
-
-
-def _benchmark(file):
-    """Time the local loss of a step with 2 global and 8 local views, last layers included: a JSON object per line."""
-    from torch.utils.benchmark import Timer
-    cuda, grids, compiled = torch.cuda.is_available(), [(7, 7), (3, 3)], torch.compile(reference_cross_entropy)
-    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-    for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
-        boxes = torch.rand(10, B, 5, device=device) * 200 + 1
-        weight, *z = (F.normalize(torch.randn(*shape, 256, device=device), dim=-1).requires_grad_()
-                      for shape in ((K,), (2, B, 49), (8, B, 9)))
-        teacher, center = (z[0].detach().flip(1), weight.detach()), torch.zeros(K, device=device)
-
-        def reference(cross_entropy):
-            t, loss = teacher[0].to(dtype) @ teacher[1].to(dtype).T, 0
-            for x, part, grid in zip(z, boxes.split((2, 8)), grids):
-                index, w = geometric_matches(part[:, None], boxes[:2], grid, (7, 7))
-                loss = loss + cross_entropy(x.to(dtype) @ weight.to(dtype).T, t, center, 0.1, 0.04, index, w)
-            return loss
-
-        def head(impl):
-            return head_cross_entropy(
-                z, weight, *teacher, center, student_temp=0.1, teacher_temp=0.04, impl=impl, student_boxes=boxes,
-                teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=(7, 7))
-
-        losses = dict(reference=(reference, reference_cross_entropy), reference_compiled=(reference, compiled),
-                      torch=(head, "torch"), triton=(head, "triton"))
-        for name, what in itertools.product(list(losses)[:3 + cuda], ("loss(how)", "grad(loss(how), inputs)")):
-            names = dict(zip(("loss", "how"), losses[name]), grad=torch.autograd.grad, inputs=[*z, weight])
-            row = dict(B=B, K=K, loss=name, what=what)
-            try:
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                timer = Timer(what, globals=names, num_threads=torch.get_num_threads())
-                row["ms"] = round(1e3 * timer.blocked_autorange(min_run_time=0.5).median, 3)
-                row["peak_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20 if cuda else None
-            except RuntimeError as error:       # out of memory, or no compiler for torch.compile
-                row["ms"] = type(error).__name__
-            print(json.dumps(row), file=file, flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time the loss: forward, forward and backward, peak memory.")
-    parser.add_argument("--json", metavar="FILE", nargs="?", type=argparse.FileType("w"), default="-", const="-")
-    _benchmark(parser.parse_args().json)
+        grad_weight, *grads = ctx.saved_tensors
+        for i, grad in enumerate(grads):
+            if grad is not None:                # out: a small factor is no float16
+                grads[i] = torch.mul(grad, (upstream * ctx.scales[i])[None], out=torch.empty_like(grad))
+        grad_weight = None if grad_weight is None else grad_weight * upstream
+        return *[None] * (len(ctx.needs_input_grad) - 1 - len(grads)), grad_weight, *grads
