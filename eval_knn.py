@@ -32,7 +32,6 @@ CHUNK_BYTES = 2 ** 28                   # of similarities at a time, so that mem
 GLOBAL_SCALE = 0.4, 1.0                 # of random crops, where no checkpoint tells the run's own
 MATCH_COLUMNS = ("same position", "correspondence accuracy", "both", "neither", "geometry: same position")
 
-
 def parse_arguments(argv=None):
     parser = Parser("eval_knn.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -55,7 +54,6 @@ def parse_arguments(argv=None):
     cfg.checkpoint = cfg.checkpoint or ([] if cfg.show_matches else ["output/checkpoint.pt"])  # a picture needs none
     return cfg
 
-
 def load_backbone(path, weights="teacher", flag="--checkpoint"):
     """File -> (backbone, image size, options of its run or {}). Raises BadInput naming `flag` if a key does not fit."""
     state = load_file(path, flag)
@@ -73,7 +71,6 @@ def load_backbone(path, weights="teacher", flag="--checkpoint"):
         backbone.net.load_state_dict(state)
     return backbone.eval(), options.get("global_size", image_size), options
 
-
 # Parts of the keys in other people's checkpoints, and in torchvision's networks
 MLP_KEYS = {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
 SWIN_KEYS = MLP_KEYS | {"patch_embed.proj": "features.0.0", "patch_embed.norm": "features.0.2"}
@@ -81,7 +78,6 @@ VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_emb
                        "norm1": "ln_1", "norm2": "ln_2", "patch_embed.proj": "conv_proj",
                        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
                        "blocks.": "encoder.layers.encoder_layer_"}
-
 
 def plain_keys(state):
     """Keys of torchvision's network without heads, from those of gld.py, torchvision, an official Swin, a DINO ViT."""
@@ -96,7 +92,6 @@ def plain_keys(state):
             out[key] = value.flatten() if key.endswith("relative_position_index") else value
     return out
 
-
 def guess_arch(state):
     """(arch, patch size, image size) of plain keys; (None, ...) if they belong to no network of gld.py."""
     if "conv_proj.weight" in state and "encoder.pos_embedding" in state:
@@ -108,7 +103,6 @@ def guess_arch(state):
         return "swin_b" if len(state["features.0.0.weight"]) == 128 else "swin_s" if deep else "swin_t", 16, 224
     arch = "resnet50" if "layer4.2.conv3.weight" in state else "conv_tiny" if "12.weight" in state else None
     return arch, 16, 224 if arch == "resnet50" else 32
-
 
 # ------------------------------------------------------------------------------------------------ features and scores
 
@@ -123,7 +117,6 @@ def center_crops(images, size, indices):
         image = TF.resize(image, [round(size * 256 / 224)], TF.InterpolationMode.BICUBIC, antialias=True)
         crops.append(TF.center_crop(image, [size, size]))
     return torch.stack(crops)
-
 
 @torch.no_grad()
 def extract(network, images, size, cfg, device, rank, world):
@@ -143,7 +136,6 @@ def extract(network, images, size, cfg, device, rank, world):
     dist.all_gather(parts, rows)
     return torch.stack(parts, 1).flatten(0, 1)[:len(images)]
 
-
 def knn(train, train_labels, val, val_labels, ks, temperature):
     """{k: (top-1, top-5)} in percent, of k-NN on unit features (n, C): votes weigh exp(similarity / temperature)."""
     classes = int(max(train_labels.max(), val_labels.max())) + 1
@@ -160,7 +152,6 @@ def knn(train, train_labels, val, val_labels, ks, temperature):
             right = (best == labels[:, None]) & (got > 0)                   # a class without a vote is no answer
             hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
     return {k: tuple((100 * h / len(val)).tolist()) for k, h in hits.items()}
-
 
 def linear_probe(train, train_labels, val, val_labels, epochs=100, batch=256):
     """(top-1, top-5) in percent of a linear classifier: AdamW, cosine schedule, standardised features, fixed seed."""
@@ -183,7 +174,6 @@ def linear_probe(train, train_labels, val, val_labels, epochs=100, batch=256):
     right = scores.topk(min(5, classes), dim=1)[1] == val_labels[:, None]
     return 100 * right[:, 0].float().mean().item(), 100 * right.any(1).float().mean().item()
 
-
 def labelled(data, fraction):
     """Training and validation `Images` of --data, and the labels of both, numbered alike. Raises BadInput."""
     parts = [load_images(data, "train", fraction, must_split=True), load_images(data, "val", must_split=True)]
@@ -198,13 +188,11 @@ def labelled(data, fraction):
         raise BadInput(f"--data {data}: k-NN needs labels, that is class folders in train/ and val/")
     return parts, [parts[0].labels, np.searchsorted(parts[0].classes, parts[1].classes)[parts[1].labels]]
 
-
 def top1_of_20nn(backbone, parts, labels, cfg, device, rank, world):
     """20-NN top-1 accuracy on val/ in percent, for gld.py while it trains; None on all processes but the first."""
     train, val = (extract(lambda x: backbone(x)[0], part, cfg.global_size, cfg, device, rank, world) for part in parts)
     vectors = [torch.as_tensor(x, device=device) for x in (train, labels[0], val, labels[1])]
     return None if rank else knn(*vectors, [20], 0.07)[20][0]
-
 
 # ------------------------------------------------------------------------------------------------ matches of patches
 
@@ -215,12 +203,10 @@ def draw_crops(image, scale, n, seed):
     boxes = torch.tensor(boxes).float()     # (2, 5) top, left, height, width in pixels, flip 0 or 1
     return boxes, *geometric_matches(boxes, boxes.flip(0), (n, n), (n, n))
 
-
 def cut_crops(image, boxes, size):
     """(2, 3, size, size) uint8: the crops, resized and flipped, without colour augmentation."""
     crops = [TF.resized_crop(image, *box[:4].int().tolist(), [size] * 2, TF.InterpolationMode.BICUBIC) for box in boxes]
     return torch.stack([TF.hflip(crop) if box[4] else crop for crop, box in zip(crops, boxes)])
-
 
 @torch.no_grad()
 def match_shares(backbone, images, size, scale, device):
@@ -237,11 +223,9 @@ def match_shares(backbone, images, size, scale, device):
         hits.append(torch.stack([same, right, same & right, ~(same | right), index == here])[:, weight > 0])
     return dict(zip(MATCH_COLUMNS, (100 * torch.cat(hits, 1).float().mean(1)).tolist()))
 
-
 SIDE, LOWER, GAP, EDGE, LINE = 1080, 760, 130, 70, 8    # pixels, halved in the end; LOWER: height of the second row
 COLOURS = [f"hsl({hue}, 90%, 62%)" for hue in (0, 30, 100, 155, 190, 225, 275, 320)]         # of the lines
 FRAMES = {"student": "#ffffff", "teacher": "#ffd23f"}
-
 
 @torch.no_grad()
 def show_matches(image, backbone=None, size=224, scale=GLOBAL_SCALE):
@@ -304,7 +288,6 @@ def show_matches(image, backbone=None, size=224, scale=GLOBAL_SCALE):
             picture.paste(TF.to_pil_image(pixels).resize((LOWER, LOWER), Image.NEAREST), (left, below))
     return picture.reduce(2), lines
 
-
 def save_picture(path, data, name, backbone, size, options):
     """Write `show_matches` of --data if it is an image, else of its first image, of val/ where there is one."""
     with blame(f"--data {data}: cannot be read"):
@@ -313,7 +296,6 @@ def save_picture(path, data, name, backbone, size, options):
         show_matches(image, backbone, size, options.get("global_scale", GLOBAL_SCALE))[0].save(path)
     print(f"wrote {path} " + (f"(similarity by {name})" if name else "(--checkpoint FILE adds similarity matching)"))
     return 0
-
 
 def compare_runs(runs):
     """Runs [(options, scores (methods,))] -> [(label, scores (seeds, methods))]: first of the runs that differ in their
@@ -328,7 +310,6 @@ def compare_runs(runs):
             differences.setdefault(f"{a} - {b}", []).append(groups[settings, a][seed] - groups[others, b][seed])
     equal = [(matching, [*by_seed.values()]) for (_, matching), by_seed in groups.items()]
     return [(label, np.stack(rows)) for label, rows in (*equal, *differences.items()) if len(rows) > 1]
-
 
 def evaluate(cfg):
     rank, world, device = start_processes(cfg)
@@ -381,10 +362,8 @@ def evaluate(cfg):
             Path(cfg.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
-
 def main(argv=None):
     return run_script("eval_knn.py", lambda: evaluate(parse_arguments(argv)))
-
 
 if __name__ == "__main__":
     sys.exit(main())

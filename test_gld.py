@@ -70,7 +70,6 @@ needs_fake_gpu = pytest.mark.skipif(DEVICE == "cpu" and tuple(map(int, torch.__v
 torch.set_num_threads(1)
 gld.draw_shapes = functools.cache(gld.draw_shapes)     # drawn once for all tests
 
-
 # ------------------------------------------------------------------------------------------------ helpers
 
 def run(command, cwd, processes=1):
@@ -114,13 +113,11 @@ def run(command, cwd, processes=1):
         os.chdir(before)
     return argparse.Namespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
-
 def train_ok(options, cwd, processes=1):
     """gld.py with QUICK and these options must succeed. Returns: the finished run."""
     done = run(f"gld.py {QUICK} {options}", cwd, processes)
     assert done.returncode == 0, options + done.stdout + done.stderr
     return done
-
 
 def launch(words, cwd, processes=1, restarts=0, **kwargs):
     """Start a script, under torchrun if there are several processes; its output and errors are one stream."""
@@ -130,7 +127,6 @@ def launch(words, cwd, processes=1, restarts=0, **kwargs):
     command = [sys.executable, "-u", *(torchrun if processes > 1 else []), HERE / words[0], *words[1:]]
     kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) | kwargs
     return subprocess.Popen(command, cwd=cwd, **kwargs)
-
 
 def wait_for(process, words):
     """Read the output of a process until it holds `words`; returns what was read."""
@@ -143,7 +139,6 @@ def wait_for(process, words):
     patience.cancel()
     return said
 
-
 def children(pid):
     """Process ids of the children of a process, the oldest first."""
     found = {}
@@ -153,18 +148,14 @@ def children(pid):
                 found[int(path.name)] = int(re.search(r"\) \S (\d+)", (path / "stat").read_text())[1])
     return sorted(child for child, parent in found.items() if parent == pid)
 
-
 def config(*arguments):
     return gld.parse_arguments(["--workers", "0", *map(str, arguments)])
-
 
 def checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True, map_location="cpu")
 
-
 def log_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
 
 def same_weights(a, b):
     """Both networks and the centres of two checkpoints are equal, bit for bit."""
@@ -173,20 +164,17 @@ def same_weights(a, b):
             assert torch.equal(value, b[name][key]), f"{name}.{key}"
     assert torch.equal(a["centers"], b["centers"]) and a["step"] == b["step"]
 
-
 def save_pictures(folder, n, size=(40, 40)):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:04}.png")
 
-
 def random_boxes(*shape, size=500, seed=0):
     """Boxes with fractional sides, so that no midpoint lies exactly on a border; about half of them flipped."""
     g = torch.Generator().manual_seed(seed)
     top, left, height, width = (torch.rand(*shape, generator=g) * size + low for low in (0, 0, 20, 20))
     return torch.stack([top, left, height, width, (torch.rand(*shape, generator=g) < 0.5).float()], -1)
-
 
 def midpoints(box, grid):
     """Brute force: (rows * cols, 2) y and x of every patch's midpoint, float64, one box at a time."""
@@ -196,7 +184,6 @@ def midpoints(box, grid):
         shown = grid[1] - 1 - c if flip else c
         out.append((top + (r + 0.5) * height / grid[0], left + (shown + 0.5) * width / grid[1]))
     return torch.tensor(out, dtype=torch.float64)
-
 
 # ------------------------------------------------------------------------------------------------ matching
 
@@ -211,7 +198,7 @@ def test_geometric_match_equals_brute_force(s_grid, t_grid):
                  for b, g in ((student, s_grid), (teacher, t_grid))]
     limit = torch.maximum(*halfdiag2)
     for i in range(60):
-        dist2 = torch.cdist(centres(student[i], s_grid), centres(teacher[i], t_grid)).square()
+        dist2 = torch.cdist(midpoints(student[i], s_grid), midpoints(teacher[i], t_grid)).square()
         nearest, argmin = dist2.min(1)
         chosen = dist2.gather(1, index[i][:, None])[:, 0]
         torch.testing.assert_close(chosen, nearest, rtol=1e-6, atol=1e-6)
@@ -221,7 +208,6 @@ def test_geometric_match_equals_brute_force(s_grid, t_grid):
         assert ((nearest < limit[i]) == (weight[i] > 0))[(nearest - limit[i]).abs() > 1e-6].all()
     if t_grid == (7, 7) and s_grid != (1, 1):
         assert 0 < weight.mean() < 1
-
 
 def test_ties_go_to_the_lower_and_right_cell_and_leading_shapes_broadcast():
     box = torch.tensor([10.0, 20, 60, 60, 0])
@@ -235,7 +221,6 @@ def test_ties_go_to_the_lower_and_right_cell_and_leading_shapes_broadcast():
     one, one_weight = geometric_matches(student[2, 0, 1], teacher[0, 1, 1], (2, 3), (3, 2))
     assert torch.equal(index[2, 1, 1], one) and torch.equal(weight[2, 1, 1], one_weight)
 
-
 def test_similarity_match_is_the_argmax_of_the_cosine():
     g = torch.Generator().manual_seed(0)
     s, t = torch.randn(3, 1, 2, 5, 8, generator=g), torch.randn(1, 2, 2, 7, 8, generator=g)
@@ -248,7 +233,6 @@ def test_similarity_match_is_the_argmax_of_the_cosine():
         assert index[v, q, b, n] == F.cosine_similarity(s[v, 0, b, n][None], t[0, q, b], dim=1).argmax()
     with pytest.raises(RuntimeError, match="5x8 and 9x7"):
         similarity_matches(torch.zeros(5, 8), torch.zeros(7, 9))
-
 
 # ------------------------------------------------------------------------------------------------ the loss
 
@@ -267,7 +251,6 @@ def oracle(s, t, center, index=None, skip_same_view=False, student_boxes=None, t
     return reference_cross_entropy(s.double(), t.double(), center.double(), index=index.long().clamp(min=0),
                                    weight=weight.double(), **TEMPS | temps)
 
-
 def case(V=3, Q=2, B=2, s_grid=(3, 3), t_grid=(4, 2), K=37, seed=0):
     """Logits and a centre, and boxes with grids, on the device."""
     g = torch.Generator().manual_seed(seed)
@@ -277,7 +260,6 @@ def case(V=3, Q=2, B=2, s_grid=(3, 3), t_grid=(4, 2), K=37, seed=0):
     boxes = dict(student_boxes=random_boxes(V, B, seed=seed + 1, size=60).to(DEVICE), student_grid=s_grid,
                  teacher_boxes=random_boxes(Q, B, seed=seed + 2, size=60).to(DEVICE), teacher_grid=t_grid)
     return [x.to(DEVICE) for x in tensors], boxes
-
 
 @pytest.mark.parametrize("hinge,skip", [(True, False), (True, True), (False, True)])
 def test_loss_and_gradient_equal_the_definition(hinge, skip):
@@ -295,7 +277,6 @@ def test_loss_and_gradient_equal_the_definition(hinge, skip):
         with torch.no_grad():
             again = local_cross_entropy(s, t, c, skip_same_view=skip, impl="torch", **TEMPS, **match_args)
         assert torch.equal(again, loss)
-
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -347,7 +328,6 @@ def test_nothing_matched_infinities_and_nans(impl):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, y)[0] for x, y in ((found, leaf), (expected, plain))))
 
-
 def test_loss_dtypes_gradient_flow_and_repeated_backward():
     (s, t, c), boxes = case()
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -367,7 +347,6 @@ def test_loss_dtypes_gradient_flow_and_repeated_backward():
     assert torch.equal(torch.autograd.grad(compiled(*leaves), leaves[0])[0], first)
     assert all(torch.equal(x, y) for x, y in zip(leaves, before))
 
-
 BAD_ARGUMENTS = [
     (dict(teacher=torch.zeros(2, 2, 8, 36)), r"center must be \(36,\).*got \(37,\)"),
     (dict(teacher=torch.zeros(2, 3, 8, 37)), r"student_logits must be \(3, 3, 9, 37\).*got \(3, 2, 9, 37\)"),
@@ -380,22 +359,21 @@ BAD_ARGUMENTS = [
     (dict(student_boxes=torch.zeros(3, 2, 5)), "student_boxes must be .* finite, with height and width above 0"),
     (dict(teacher_boxes=torch.full((2, 2, 5), math.nan)), "teacher_boxes must be .* finite"),
     (dict(teacher_boxes=None), "teacher_boxes must be .*NoneType"),
-    (dict(student_boxes=None), "need student_boxes"),
+    (dict(student_boxes=None), "student_boxes must be .*NoneType"),
     (dict(student_boxes=None, student_grid=None, teacher_boxes=None, index=torch.zeros(3, 2, 2, 9).long()),
-     "boxes and grids need student_boxes"),
+     "give boxes or an index"),
     (dict(weight=torch.ones(3, 2, 2, 9)), "weight needs index"),
     (dict(max_bytes="x"), "max_bytes must be > 0, got 'x'"),
     (dict(max_bytes=-5), "max_bytes must be > 0, got -5"),
-    (dict(teacher_temp=math.nan), "temperatures must be > 0, got 0.1 and nan"),
-    (dict(student_grid=(3, 4)), r"student_grid must be .* 9 patches .* got \(3, 4\)"),
+    (dict(teacher_temp=math.nan), "teacher_temp must be > 0, got nan"),
+    (dict(student_grid=(3, 4)), r"student_grid must be .* 9 patches, got \(3, 4\)"),
     (dict(student_grid=(1.8, 5)), "student_grid"),
     (dict(teacher_grid=None), "teacher_grid .* got None"),
     (dict(teacher=torch.zeros(0, 2, 8, 37)), "Q = 0|teacher_boxes"),
     (dict(index=torch.zeros(3, 2, 2, 9, dtype=torch.int64)), "boxes or an index"),
-    (dict(student_temp=0), "temperatures must be > 0, got 0 and 0.04"),
+    (dict(student_temp=0), "student_temp must be > 0, got 0"),
     (dict(impl="fast"), "fast"),
 ]
-
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="values are checked on the CPU")
 def test_loss_refuses_what_does_not_fit():
@@ -411,7 +389,6 @@ def test_loss_refuses_what_does_not_fit():
                               (dict(index=torch.full((3, 2, 2, 9), 8)), r"index must be in \[0, 8\)"),
                               (dict(index=torch.full((3, 2, 2, 9), -2)), r"index must be in \[0, 8\), or -1"),
                               (dict(weight=torch.zeros(2), index=index), r"weight must be \(3, 2, 2, 9\)"),
-                              (dict(weight=index, index=index), "weight must be floating point"),
                               (dict(weight=index - 1.0, index=index), "weight must be .* >= 0"),
                               (dict(weight=index / 0.0, index=index), "weight must be .* finite")):
         for impl in ("torch", "auto") + (("triton",) if mk.triton else ()):
@@ -434,14 +411,12 @@ def test_loss_refuses_what_does_not_fit():
     with FakeTensorMode():              # the values of fake boxes cannot be looked at
         geometric_matches(torch.zeros(3, 5), torch.zeros(3, 5), (2, 2), (2, 2))
 
-
 def golden(name):
     path = GOLDEN / name
     if not path.exists():
         pytest.skip(f"no recorded outputs {path}")
     with np.load(path) as file:
         return {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "fib" else str(file[k]) for k in file.files}
-
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("name", ["distance_hinge.npz", "distance_nohinge.npz", "similarity.npz"])
@@ -465,17 +440,17 @@ def test_recorded_outputs_of_the_official_loss(name, impl):
     teacher = gld.Outputs(teacher[0], [teacher[1]], [teacher[2]], eye, eye)
     centers = torch.cat([g["center_cls"], g["center_patch"]])
     assert math.isclose(g["student_temp"], gld.STUDENT_TEMP, rel_tol=1e-6)
-    global_loss, local_loss = gld.distillation_loss(
+    loss, image_loss, patch_loss = gld.distillation_loss(
         student, teacher, centers, boxes, [(side, side) for _, side in views], teacher_temp=float(g["teacher_temp"]),
         matching={"distance": "geometric"}.get(g["matching"], g["matching"]), hinge=bool(g["hinge"]), impl=impl)
-    for term, leaf, value, grad in ((global_loss, s_cls, "loss_view", "grad_student_cls"),
-                                    (local_loss, s_patch, "loss_region", "grad_student_patch")):
+    torch.testing.assert_close(loss, (image_loss + patch_loss) / 2)
+    for term, leaf, value, grad in ((image_loss / 2, s_cls, "loss_view", "grad_student_cls"),
+                                    (patch_loss / 2, s_patch, "loss_region", "grad_student_patch")):
         assert abs(term.item() / g[value].item() - 1) < 1e-5
         error = torch.autograd.grad(term, leaf)[0] - g[grad]
         assert error.norm() < 1e-4 * g[grad].norm() and error.abs().max() < 1e-4 * g[grad].abs().max()
-    centers.lerp_(gld.mean_logits(teacher, gld.teacher_means(teacher)), 1 - gld.CENTER_MOMENTUM)
+    centers.lerp_(gld.mean_logits(teacher), 1 - gld.CENTER_MOMENTUM)
     torch.testing.assert_close(centers, torch.cat([g["new_center_cls"], g["new_center_patch"]]), rtol=1e-4, atol=1e-6)
-
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_the_losses_of_dino_and_ibot(impl):
@@ -498,16 +473,14 @@ def test_the_losses_of_dino_and_ibot(impl):
     weight = (4 / count)[:, None].expand(2, 2, 2, 4)
     torch.testing.assert_close(loss_of(s[:2], t, c, index=index, weight=weight), ibot)
 
-
 def test_without_matching_the_loss_is_dinos():
     (s, t, c), _ = case(V=4, s_grid=(1, 1), t_grid=(1, 1))
     eye = torch.eye(37, device=DEVICE)
-    global_loss, local_loss = gld.distillation_loss(
+    loss, image_loss, patch_loss = gld.distillation_loss(
         gld.Outputs(s, [], [], eye, None), gld.Outputs(t, [], [], eye, None), c[None], None, [], teacher_temp=0.04,
         matching="none", impl="torch")
-    torch.testing.assert_close(global_loss, oracle(s, t, c, skip_same_view=True).float() / 6)
-    assert local_loss == 0
-
+    torch.testing.assert_close(loss, oracle(s, t, c, skip_same_view=True).float() / 6)
+    assert loss == image_loss and patch_loss == 0
 
 # ------------------------------------------------------------------------------------------------ Triton kernels
 
@@ -529,11 +502,9 @@ def check_triton(s, t, c, match_args, upstream=1.0, skip=False):
     for mine, torchs, size in zip(errors["triton"], errors["torch"], sizes):
         assert mine <= 1.1 * torchs + rounding * size, (errors, sizes)
 
-
 def small_case(**change):
     """Few rows, since the interpreter takes some 20 ms for each."""
     return case(**dict(V=2, B=1, s_grid=(2, 2), t_grid=(2, 2)) | change)
-
 
 @needs_triton
 @pytest.mark.parametrize("K,dtype", [(1, torch.float32), (127, torch.float16), (1000, torch.float32),
@@ -543,7 +514,6 @@ def test_triton_error_is_no_worse_than_torchs(K, dtype):
     (s, t, c), boxes = small_case(K=K, seed=K)
     check_triton(s.to(dtype), t.to(dtype), c, boxes, upstream=2.0, skip=True)
 
-
 @needs_triton
 @pytest.mark.parametrize("s_grid,t_grid,V,Q", [((1, 1), (7, 7), 3, 2), ((3, 3), (1, 1), 1, 2), ((2, 5), (3, 4), 1, 1),
                                                ((1, 1), (1, 1), 2, 5)])
@@ -551,7 +521,6 @@ def test_triton_grids_flips_ties_and_numbers_of_views(s_grid, t_grid, V, Q):
     (s, t, c), boxes = small_case(V=V, Q=Q, s_grid=s_grid, t_grid=t_grid, seed=3, K=19)
     check_triton(s, t, c, boxes, skip=V > 1)
     check_triton(s, t, c, boxes | {name: boxes[name].round() for name in ("student_boxes", "teacher_boxes")})
-
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -573,7 +542,6 @@ def test_triton_matches_by_index_and_extreme_rows():
         mine, torchs = (local_cross_entropy(leaf, change(t), c, impl=i, **TEMPS, **every) for i in ("triton", "torch"))
         torch.testing.assert_close(mine, torchs, rtol=2e-3, atol=0.05)      # float32 at 1e5: a step of 0.008
         torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (mine, torchs)), rtol=0.02, atol=0.02)
-
 
 @needs_triton
 def test_triton_layouts_repetition_and_what_it_leaves_alone():
@@ -599,7 +567,6 @@ def test_triton_layouts_repetition_and_what_it_leaves_alone():
     if not SIMULATED:                   # torch.compile asks for a driver
         compiled = torch.compile(lambda s: 2 * loss_of(s, t, c, **boxes), backend="eager")
         assert torch.equal(compiled(s), 2 * loss)
-
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("matches", ["boxes", "index", "single"])
@@ -649,7 +616,6 @@ def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
                                                          skip_same_view=True, **TEMPS, **apart[0]), leaves[which])[0]
         assert (torch.autograd.grad(alone, leaves[which])[0] - wanted).norm() <= off * wanted.norm()
 
-
 def test_second_derivatives_are_right_or_refused():
     (s, t, c), boxes = small_case(K=5)
     w, z = torch.randn(5, 3, device=DEVICE).requires_grad_(), torch.randn(2, 1, 4, 3, device=DEVICE)
@@ -668,7 +634,6 @@ def test_second_derivatives_are_right_or_refused():
                              center=c, impl="torch", **TEMPS, **boxes)
     assert torch.autograd.gradcheck(head, (z, w)) and torch.autograd.gradgradcheck(head, (z, w))
 
-
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="tensors on the CPU")
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
@@ -679,7 +644,6 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="impl='triton' needs"):
         local_cross_entropy(s, t, c, impl="triton", **TEMPS, **boxes)
     local_cross_entropy(s, t, c, impl="auto", **TEMPS, **boxes)
-
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter")
@@ -714,7 +678,6 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     found = torch.stack([ds[row] for row in rows]).double() / 2 ** 14
     assert (found - grad).norm() < 1e-2 * grad.norm()
 
-
 def bytes_moved(B, K, D=256, student=170, teacher=98):
     """A model of what the local loss of 2 + 8 views moves on a GPU with `head_cross_entropy`, forward and backward."""
     chunks = math.ceil(B / max(1, 2 ** 29 // ((teacher + 98) * K * 2)))
@@ -723,7 +686,6 @@ def bytes_moved(B, K, D=256, student=170, teacher=98):
     products = t + 3 * s + 7 * 2 * layer * chunks       # logits written, gradients read twice; per chunk, the layers
     passes = layer * (3 * 6 + 4 + 8 + 2 * 10 * chunks)  # three casts, zeros, times upstream; gradients are added up
     return kernels, products, passes
-
 
 @bench
 def test_speed_and_memory_of_the_loss(capsys, request):
@@ -779,7 +741,6 @@ def test_speed_and_memory_of_the_loss(capsys, request):
             with capsys.disabled():
                 print(f"\nB = {B}, K = {K}: {line}", end="")
 
-
 # ------------------------------------------------------------------------------------------------ CUDA without a GPU
 
 COMPILE = r"""
@@ -833,13 +794,11 @@ for part in ("teacher", "loss", "loss and gradient"):
 compiled("index and weight", ("cuda", 90, 32))
 """
 
-
 @needs_triton
 def test_kernels_compile_without_spills():
     """In a process of its own, since this one has the interpreter. Prints the figures of the README's table."""
     environment = os.environ | dict(TRITON_INTERPRET="0")
     assert subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=environment).returncode == 0
-
 
 class NoLaunch:
     """In the place of a kernel: notes the rows of each launch, checks the devices, and computes nothing."""
@@ -857,7 +816,6 @@ class NoLaunch:
         if devices != {self.current}:   # a real launch would read another device's memory
             raise RuntimeError(f"launched on {self.current} with tensors on {sorted(map(str, devices))}")
 
-
 @pytest.fixture
 def without_kernels(monkeypatch):
     """The launch path on tensors of any device, without launches. Returns: teacher and student kernel."""
@@ -868,7 +826,6 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: mock.patch.object(NoLaunch, "current", x.device))
     return kernels
 
-
 def head_inputs(B, K=65536, D=256):
     """The inputs of the patch head's loss at the paper's size: 2 global and 8 local views."""
     z = [torch.randn(v, B, n, D).requires_grad_() for v, n in ((2, 49), (8, 9))]
@@ -876,14 +833,12 @@ def head_inputs(B, K=65536, D=256):
     geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
     return (z, weight, torch.randn(2, B, 49, D), weight.detach(), torch.zeros(K)), geometry
 
-
 def flops_of(*args, **kwargs):
     """Of the forward pass of the head's loss, in units of one row of logits. Triton's path makes no small products."""
     with FlopCounterMode(display=False) as counter:
         head_cross_entropy(*args, **TEMPS, **kwargs)
     assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.mm] or kwargs["impl"] == "torch"
     return counter.get_total_flops() / (2 * 65536 * 256)
-
 
 def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
     """The teacher's are computed once for both sizes of views; those of a gradient only where one is wanted."""
@@ -905,7 +860,6 @@ def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
         flops_of(*many, **geometry, impl="triton", max_bytes=4 * 268 * 65536 * 4)      # 4 images at a time fit
         assert without_kernels[0].rows == [4 * 98, 4 * 98]
 
-
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
     """Follows allocations: bytes in live storages now, and at most."""
 
@@ -926,7 +880,6 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 
     def free(self, key):
         self.now -= self.live.pop(key)
-
 
 @needs_fake_gpu
 def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
@@ -956,7 +909,6 @@ def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
         with Peak() as peak:
             head_cross_entropy(z, w, z, w, torch.zeros(65536), impl="triton", index=index, **TEMPS)
     assert peak.peak < 1.2 * 512 * 2 ** 20
-
 
 @needs_fake_gpu
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
@@ -1001,7 +953,6 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         monkeypatch.setattr(eval_knn, "max", lambda *numbers: 10, raising=False)     # fake labels have no maximum
         eval_knn.knn(features, labels, features, labels, [10, 20], 0.07)
 
-
 @pytest.fixture
 def simulated_driver(monkeypatch):
     """ttsem keeps tensors for "cuda" on the CPU. There, what needs a driver does nothing, and autocast for "cuda" is
@@ -1011,7 +962,6 @@ def simulated_driver(monkeypatch):
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: x)
         monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
-
 
 @needs_gpu
 @pytest.mark.parametrize("matches", ["boxes", "index", "index and weight"])
@@ -1050,7 +1000,6 @@ def test_triton_head_in_half_precision_against_float64(matches):
     print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", *map("{:.1e}".format, errors))
     assert abs(loss.item() / truth.item() - 1) < 2e-5 and max(errors) < 6e-3
 
-
 @needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_triton_training_has_the_losses_of_the_cpu(precision, simulated_driver, tmp_path):
@@ -1065,11 +1014,9 @@ def test_triton_training_has_the_losses_of_the_cpu(precision, simulated_driver, 
     np.testing.assert_array_less(abs(logs["cuda"] / logs["cpu"] - 1), [[0.01, 0.01, 0.1]] * 2)
     assert (abs(logs["cpu"][1] / logs["cpu"][0] - 1) > 0.05).all()          # more than the bound: training matters
 
-
 # ------------------------------------------------------------------------------------------------ views
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (gld.PIXEL_MEAN, gld.PIXEL_STD))
-
 
 def augment_one(x, **change):
     """gld.augment of images x (N, 3, H, W) in [0, 1], as one view each, with these parameters; returns [0, 1] again."""
@@ -1083,12 +1030,10 @@ def augment_one(x, **change):
                       sigma=values["sigma"].expand(N), solarise=(values["solarise"] > 0).expand(N))
     return gld.augment(gld.Views(*(field[:, None] for field in views)), 2.0)[0] * STD + MEAN
 
-
 def pictures(n=6, size=20, seed=0):
     x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
     x[0] = x[0].mean()                  # a grey picture: it has no hue
     return (x * 255).round() / 255
-
 
 def test_every_colour_operation_equals_torchvisions_image_by_image():
     x, close = pictures(), dict(rtol=0, atol=2e-5)
@@ -1106,7 +1051,6 @@ def test_every_colour_operation_equals_torchvisions_image_by_image():
         torch.testing.assert_close(augment_one(x, **{name: half}), torch.where(pick, changed, x), **close)
     torch.testing.assert_close(augment_one(x), x, **close)
 
-
 def test_jitter_applies_its_operations_in_the_drawn_order():
     x, expected, values = pictures(24, seed=1), [], (1.3, 0.7, 0.6, 0.08)
     ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -1117,7 +1061,6 @@ def test_jitter_applies_its_operations_in_the_drawn_order():
         expected.append(image)
     found = augment_one(x, brightness=1.3, contrast=0.7, saturation=0.6, hue=0.08, order=orders)
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=3e-5)
-
 
 def test_drawn_parameters_have_dinos_distribution():
     torch.manual_seed(0)
@@ -1148,7 +1091,6 @@ def test_drawn_parameters_have_dinos_distribution():
         assert 0.1 <= sigma.min() and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.15
         for op, place in np.ndindex(4, 4):
             share(views.order[:, place] == op, 0.25)
-
 
 def test_matched_patches_show_the_same_place_through_the_real_pipeline():
     """An image whose colours are its coordinates: what a patch shows says where it is."""
@@ -1184,7 +1126,6 @@ def test_matched_patches_show_the_same_place_through_the_real_pipeline():
                 matches += int((weight > 0).sum())
     assert len(flips) == 8 and matches > 3500
 
-
 def test_views_depend_on_seed_epoch_and_image_only():
     data = gld.ViewDataset(gld.Images(*gld.draw_shapes(8, 0), "shapes"), config())
     (first, _), state = data[(3, 5)], torch.get_rng_state()
@@ -1201,7 +1142,6 @@ def test_views_depend_on_seed_epoch_and_image_only():
         loaders = [gld.make_loader(data.images, cfg, rank, world, range(1, 4), 2) for rank in range(world)]
         batches.append([torch.cat([views[0].boxes for views, _ in step]) for step in zip(*loaders)])
     assert all(torch.equal(a, b) for other in batches[1:] for a, b in zip(batches[0], other)) and len(batches[0]) == 3
-
 
 # ------------------------------------------------------------------------------------------------ images
 
@@ -1223,7 +1163,6 @@ def save_odd_images(folder):
     Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
     return rgb
 
-
 def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
     (tmp_path / "data").mkdir()
     rgb = save_odd_images(tmp_path / "data").astype(float)
@@ -1237,7 +1176,6 @@ def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
         save_pictures(tmp_path / "data" / f"{size}", 1, size)
     done = train_ok("--data data --preset small --data-fraction 1 --batch-size 6 --epochs 2", tmp_path)
     assert "cannot be read" not in done.stdout and not any(row["unreadable"] for row in log_of(tmp_path / "output"))
-
 
 def test_folders_their_classes_and_what_is_skipped(tmp_path):
     for name in ("b/1.png", "a/2.PNG", "a/deep/3.png", "a/._2.png", ".cache/x.png", "a/.hidden/4.png"):
@@ -1255,7 +1193,6 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
         with pytest.raises(gld.BadInput, match=words):
             gld.load_images(str(data), "train")
 
-
 @pytest.mark.parametrize("parts,data,refused", [
     (("Train", "Val"), "", True), (("imagenet/train", "imagenet/val"), "", True), (("val",), "", True),
     (("TEST", "a"), "", True), (("train/test",), "", False), (("train", "val"), "", False),
@@ -1267,7 +1204,6 @@ def test_validation_images_are_not_trained_on(tmp_path, parts, data, refused):
     with pytest.raises(gld.BadInput, match="would also train on") if refused else contextlib.nullcontext():
         assert len(gld.load_images(str(tmp_path / "data" / data), "train")) == 2
 
-
 def test_data_fraction_is_balanced_and_shapes_are_reproducible():
     whole, part, val = (gld.load_images("shapes", *args) for args in (["train"], ["train", 0.1], ["val"]))
     counts, parts = np.bincount(whole.labels), np.bincount(part.labels)
@@ -1275,7 +1211,6 @@ def test_data_fraction_is_balanced_and_shapes_are_reproducible():
     assert np.array_equal(part.items, gld.load_images("shapes", "train", 0.1).items)
     assert np.array_equal(whole.items[:24], gld.draw_shapes(24, 0)[0]) and np.bincount(val.labels).min() > 50
     assert not {x.tobytes() for x in whole.items} & {x.tobytes() for x in val.items}
-
 
 def test_a_million_paths_cost_a_worker_little(tmp_path, monkeypatch):
     """Little is copied into a worker that forks, nor sent to one that does not."""
@@ -1296,7 +1231,6 @@ def test_a_million_paths_cost_a_worker_little(tmp_path, monkeypatch):
     os.wait()
     assert int(os.read(reader, 99)) < 50_000            # kB
 
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_files_are_named_counted_and_replaced(tmp_path, workers):
     folder = tmp_path / "data"
@@ -1314,7 +1248,6 @@ def test_unreadable_files_are_named_counted_and_replaced(tmp_path, workers):
         assert done.stdout.count(name) == 1, (name, done.stdout)                # named once, counted in each epoch
     assert [row["unreadable"] for row in log_of(tmp_path / "output")] == [6, 6]
 
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, processes):
     save_pictures(tmp_path / "data", 90)
@@ -1327,7 +1260,6 @@ def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, process
         path.unlink()
     done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 2 --workers 1", tmp_path)
     assert done.returncode == 2 and "more than 1 %" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
 
 @bench
 def test_worker_against_pillow(capsys, request, tmp_path):
@@ -1364,7 +1296,6 @@ def test_worker_against_pillow(capsys, request, tmp_path):
               ", ".join(f"{name} {ms:.2f}" for name, ms in median.items()),
               f"; Pillow / ours {median['Pillow'] / median['ours']:.1f}")
 
-
 # ------------------------------------------------------------------------------------------------ networks
 
 @pytest.mark.parametrize("arch", gld.ARCHS)
@@ -1382,7 +1313,6 @@ def test_every_backbone_at_both_sizes(arch):
     if arch.startswith(("swin", "vit")):
         expected = 0.2 if arch in ("swin_s", "swin_b") else 0.1
         assert config("--preset", "paper", "--arch", arch).drop_path == expected
-
 
 @torch.no_grad()
 def test_swin_equals_torchvisions_at_224_and_the_official_one_on_small_grids():
@@ -1415,7 +1345,6 @@ def test_swin_equals_torchvisions_at_224_and_the_official_one_on_small_grids():
     torch.testing.assert_close(attention(x), torch.roll(expected, (3, 3), (1, 2))[:, :6, :6], rtol=1e-4, atol=1e-5)
     assert all(block.attn.shift_size == [0, 0] for block in ours.net.features[7])
 
-
 def test_vit_starts_with_the_official_statistics():
     torch.manual_seed(0)
     net = gld.Backbone("vit_tiny").net
@@ -1434,7 +1363,6 @@ def test_vit_starts_with_the_official_statistics():
     plain = F.interpolate(grid, size=(2, 3), mode="bicubic", antialias=False).flatten(2).mT
     torch.testing.assert_close(backbone.position_embedding(2, 3)[:, 1:], plain)
 
-
 def test_heads_and_schedules():
     for norm in (True, False):
         head = gld.Head(24, config("--norm-last-layer" if norm else "--no-norm-last-layer", "--out-dim", 20))
@@ -1450,7 +1378,6 @@ def test_heads_and_schedules():
     cfg.warmup_teacher_temp_epochs = 0
     assert gld.teacher_temp_at(0, cfg) == 0.07
 
-
 def test_backbone_pt_loads_into_torchvision(tmp_path):
     options = "--max-steps 1 --batch-size 2 --global-size 64 --local-size 32"
     for arch, make, head in (
@@ -1460,7 +1387,6 @@ def test_backbone_pt_loads_into_torchvision(tmp_path):
         state = torch.load(tmp_path / arch / "backbone.pt", weights_only=True)
         missing, unexpected = make().load_state_dict(state, strict=False)
         assert not unexpected and missing and all(key.startswith(head) for key in missing)
-
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -1485,12 +1411,10 @@ def test_two_processes_equal_one_with_the_same_command(tmp_path, matching):
     assert one["step"] == two["step"] == 3
     assert all(math.isclose(one[key], two[key], rel_tol=1e-4) for key in ("loss_image", "loss_patch"))
 
-
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
     done = run(f"gld.py {QUICK} --batch-size 5", tmp_path, processes=2)
     assert done.codes == [2, 2] and done.stderr.count("\n") == 1
     assert "--batch-size 5 cannot be shared equally by 2 processes; the next size that can is 6" in done.stderr
-
 
 @pytest.mark.parametrize("stop", [3, 30, 37])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
@@ -1504,7 +1428,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
     same_weights(checkpoint(whole), checkpoint(tmp_path / "parts"))
     assert [row["step"] for row in log_of(tmp_path / "parts")] == sorted({stop, 30, 40})
 
-
 def test_stochastic_depth_is_the_same_after_a_resume(tmp_path):
     """What the student drops is drawn in the main process: for each step anew, not from what was drawn before."""
     options = "--arch vit_tiny --drop-path 0.5 --local-views 0 --batch-size 2"
@@ -1516,7 +1439,6 @@ def test_stochastic_depth_is_the_same_after_a_resume(tmp_path):
     student, teacher = (gld.Network(config(*options.split()), p) for p in (0.5, 0.0))
     assert not torch.equal(student(x).image_z, student(x).image_z)
     assert torch.equal(teacher(x).image_z, teacher(x).image_z)
-
 
 def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeypatch):
     networks, batches = [], []
@@ -1550,13 +1472,11 @@ def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeyp
         frozen = "head.direction" in name or "head.gain" in name
         assert torch.equal(end["student"][name], value) == frozen, name
 
-
 def test_no_local_views_one_patch_grids_and_other_corners(tmp_path):
     for i, options in enumerate(("--local-views 0", "--local-size 8 --global-size 8", "--matching none --local-views 0",
                                  "--matching similarity --local-size 8", "--arch vit_tiny --clip-grad 0 --no-hinge",
                                  "--blur-sigma 0.1 9")):        # a blur wider than a view
         train_ok(f"--max-steps 1 --output {i} {options}", tmp_path)
-
 
 def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
     train_ok("--epochs 4 --eval-every 2 --output a", tmp_path)
@@ -1573,7 +1493,6 @@ def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
     done = run(f"gld.py {QUICK} --data flat --data-fraction 1 --preset small --eval-every 1 --output d", tmp_path)
     assert done.returncode == 2 and "must hold train/" in done.stderr
 
-
 def test_the_built_in_run_learns_and_does_not_warn(tmp_path):
     """A shortened version of the README's first two commands is far above the untrained network and raw pixels."""
     done = run("gld.py --epochs 7 --eval-every 7 --workers 1", tmp_path)
@@ -1583,7 +1502,6 @@ def test_the_built_in_run_learns_and_does_not_warn(tmp_path):
             if isinstance(values, dict) and "20-NN" in values}
     trained = top1.pop("output/checkpoint.pt")
     assert len(top1) == 2 and trained > max(top1.values()) + 10, (trained, top1)
-
 
 def test_a_collapse_is_seen(tmp_path):
     done = train_ok("--lr 30 --epochs 2", tmp_path)
@@ -1601,7 +1519,6 @@ def test_a_collapse_is_seen(tmp_path):
     cfg.warmup_epochs = 1               # at the start, all outputs may be alike
     assert gld.signs_of_collapse([fine | dict(entropy=5.54)], cfg, False) == ""
 
-
 def test_compiled_networks_train_and_save_the_same(tmp_path, monkeypatch):
     """With the eager backend, since compiling takes minutes: are both networks captured, and saved as ever?"""
     compiled = []
@@ -1611,7 +1528,6 @@ def test_compiled_networks_train_and_save_the_same(tmp_path, monkeypatch):
         train_ok(f"--{flag} --max-steps 3 --output {flag}", tmp_path)
     same_weights(checkpoint(tmp_path / "compile"), checkpoint(tmp_path / "no-compile"))
     assert len(compiled) == 2
-
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("more", ["", "--precision fp16", "--compile", "--arch swin_t --global-size 64 --local-size 32"]
@@ -1623,7 +1539,6 @@ def test_training_and_evaluation_run_on_a_gpu(tmp_path, more):
     log = log_of(tmp_path / "output")
     assert len(log) == 2 and all(math.isfinite(row["loss_image"] + row["loss_patch"]) for row in log)
     assert run("eval_knn.py --device cuda --k 5 --linear", tmp_path).returncode == 0
-
 
 # ------------------------------------------------------------------------------------------------ faults
 
@@ -1648,7 +1563,6 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
     steps = [[row["step"] for row in log_of(tmp_path / name)] for name in ("whole", "parts")]
     assert steps[0] == steps[1] == list(range(15, 181, 15))                     # no line twice
 
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, number):
     """To the whole process group, as a scheduler or a terminal sends it: DataLoader workers must not die of it."""
@@ -1662,7 +1576,6 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, number):
     assert 1 <= step < 1500
     assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
 
-
 def test_a_second_ctrl_c_quits(tmp_path, monkeypatch):
     def two_signals(*args, f=gld.distillation_loss, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -1672,7 +1585,6 @@ def test_a_second_ctrl_c_quits(tmp_path, monkeypatch):
     monkeypatch.setattr(gld, "distillation_loss", two_signals)
     done = run(f"gld.py {QUICK}", tmp_path)
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
-
 
 def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path):
     """Stopped in the middle of an epoch, all processes at one step; one process finishes the job."""
@@ -1685,7 +1597,6 @@ def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path):
     assert said.count(f"stopped on request: saved at step {step}") == 1 and process.returncode, said
     assert len(started) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in started)
     assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
-
 
 def test_processes_started_by_slurm_exit_with_75(tmp_path):
     """The variables of the script in NOTES.md, and SIGTERM to every process, workers too."""
@@ -1701,7 +1612,6 @@ def test_processes_started_by_slurm_exit_with_75(tmp_path):
         os.killpg(process.pid, signal.SIGTERM)
     said = processes[0].communicate(timeout=60)[0]
     assert [process.wait(60) for process in processes] == [75, 75] and "stopped on request: saved" in said
-
 
 @pytest.mark.parametrize("where", ["patch loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkeypatch, where):
@@ -1736,7 +1646,6 @@ def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkey
     assert done.stdout.count("untouched") == 2
     assert "stopped at step 2, lr 0" in done.stderr and not (tmp_path / "output/checkpoint.pt").exists()
 
-
 def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
     """No file may grow past 50 kB, as if the disk were full there; then the disk has room again."""
     options = f"gld.py {QUICK} --epochs 2"
@@ -1762,7 +1671,6 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
     assert done.stderr.count("No space left on device") == 1
     same_weights(checkpoint(tmp_path / "again"), checkpoint(tmp_path / "output"))
 
-
 def test_a_dead_worker_ends_the_run(tmp_path):
     process = launch(f"gld.py {QUICK} --workers 2 --epochs 50", tmp_path)
     wait_for(process, "step 1 ")
@@ -1771,7 +1679,6 @@ def test_a_dead_worker_ends_the_run(tmp_path):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "DataLoader worker" in said, said
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
 
 def test_a_dead_rank_ends_the_job_and_torchrun_restarts_it(tmp_path):
     # torchrun's shared store gives new processes the addresses of the dead ones, which they then wait for
@@ -1782,7 +1689,6 @@ def test_a_dead_rank_ends_the_job_and_torchrun_restarts_it(tmp_path):
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and re.search("from step (30|60|90)", said), said
     assert checkpoint(tmp_path / "output")["step"] == 120
-
 
 def test_a_program_with_a_dataloader_left_over_ends():
     """Python joins the workers that are left at its exit: they must go when told so."""
@@ -1795,7 +1701,6 @@ left = iter(gld.make_loader(gld.load_images("shapes", "train", 0.1), cfg, 0, 1, 
 next(left)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
 
 def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypatch):
     """By a clock that moves on by 1000 s whenever an image is read."""
@@ -1812,7 +1717,6 @@ def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypat
     monkeypatch.setattr(time, "perf_counter", lambda: now() + clock[0])
     train_ok("--data-fraction 0.02 --local-views 0 --output slow", tmp_path)
     assert 0 < log_of(tmp_path / "output")[0]["waiting"] < 0.99 < log_of(tmp_path / "slow")[0]["waiting"] <= 1
-
 
 # ------------------------------------------------------------------------------------------------ bad input
 
@@ -1832,7 +1736,6 @@ REFUSED = {
     "--profile 5": "--profile",
 }
 
-
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options):
     if torch.cuda.is_available() and REFUSED[options] in ("CUDA", "--precision fp16", "--impl triton"):
@@ -1842,7 +1745,6 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, op
     assert gld.main(options.split()) == 2
     out = capsys.readouterr()
     assert REFUSED[options] in out.err and out.err.count("\n") == 1 and not list(tmp_path.iterdir())
-
 
 def test_the_paper_preset_and_its_defaults(tmp_path):
     save_pictures(tmp_path / "data", 20)
@@ -1854,7 +1756,6 @@ def test_the_paper_preset_and_its_defaults(tmp_path):
     assert (small.preset, small.batch_size, small.drop_path, small.eval_every) == ("small", 32, 0, 1)
     assert (paper.preset, paper.batch_size, paper.drop_path, paper.eval_every) == ("paper", 256, 0.1, 0)
     assert config("--max-steps", 0, "--drop-path", -1, "--eval-every", -1).eval_every == 1      # as documented
-
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
     """Images first, then what else differs; nothing is changed."""
@@ -1877,11 +1778,9 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     train_ok("--max-steps 1 --matching none --no-resume", tmp_path)
     assert len(log_of(tmp_path / "output")) == 1        # a new run has a new log
 
-
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch harmed",)
-
 
 def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1905,7 +1804,6 @@ def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
         assert gld.main([]) == 2, name
     assert not Path("harmed").exists()
 
-
 # ------------------------------------------------------------------------------------------------ evaluation
 
 @pytest.mark.parametrize("queries", [1, 32, 101])
@@ -1928,7 +1826,6 @@ def test_knn_equals_the_definition_in_float64(queries, monkeypatch):
             top1, top5 = top1 + (ranked[0] == label), top5 + (label in ranked)
         assert np.allclose(found, (100 * top1 / queries, 100 * top5 / queries), atol=1e-3, rtol=0), k
 
-
 def test_top5_counts_no_class_without_votes_and_small_temperatures_do_not_overflow():
     train, labels, val, truth = torch.eye(6), torch.arange(6), torch.eye(6)[:2], torch.tensor([0, 3])
     for temperature in (0.07, 1e-3):
@@ -1936,13 +1833,11 @@ def test_top5_counts_no_class_without_votes_and_small_temperatures_do_not_overfl
     tilted = F.normalize(train[:1] + torch.tensor([0, 0.5, 0.4, 0.3, 0.2, 0.1]), dim=1)    # five classes of six count
     assert eval_knn.knn(train, labels, tilted, torch.tensor([5]), [5, 6], 0.07) == {5: (0, 0), 6: (0, 0)}
 
-
 def test_linear_probe_learns_what_is_linear():
     g = torch.Generator().manual_seed(0)
     train, val = (F.normalize(torch.randn(n, 16, generator=g), dim=1).half() for n in (600, 200))
     top1, top5 = eval_knn.linear_probe(train, train[:, :7].argmax(1), val, val[:, :7].argmax(1))
     assert 85 < top1 < top5 and top5 > 99
-
 
 def test_differences_pair_equal_seeds_and_settings():
     runs = [(dict(matching="none", seed=2, lr=0.2, output="none"), [0, 0])]    # another lr: not to be paired
@@ -1953,7 +1848,6 @@ def test_differences_pair_equal_seeds_and_settings():
         "geometric": [[40, 42], [50, 50], [60, 61]], "none": [[48, 48], [50, 51]],
         "similarity": [[41, 43], [45, 45], [57, 58]], "geometric - none": [[2, 2], [10, 10]],
         "geometric - similarity": [[-1, -1], [3, 3], [5, 5]], "none - similarity": [[-7, -7], [3, 3]]}
-
 
 def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
@@ -1982,7 +1876,6 @@ def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
         done = run(f"{command} --workers {workers}", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "val/b/0001.png cannot be read" in done.stderr
 
-
 @pytest.mark.parametrize("train,val,words", [
     ("a b", ".", "images in val/ itself"), ("a b", "a .", "images in val/ itself"),    # ImageNet as distributed
     ("a b", "images", "images in val/images/"),    # Tiny-ImageNet as distributed
@@ -1994,7 +1887,6 @@ def test_classes_that_train_lacks_are_refused(tmp_path, train, val, words):
     with pytest.raises(gld.BadInput, match=words) if words else contextlib.nullcontext():
         _, labels = eval_knn.labelled(str(tmp_path), 1)
         assert [y.tolist() for y in labels] == [[0, 0, 1, 1, 2, 2], [2, 2]]
-
 
 SWIN = {r"features\.0\.0": "patch_embed.proj", r"features\.0\.2": "patch_embed.norm", r"mlp\.0": "mlp.fc1",
         r"mlp\.3": "mlp.fc2", r"features\.([1357])": lambda m: f"layers.{int(m[1]) // 2}.blocks",
@@ -2016,7 +1908,6 @@ FILES = {  # kind: network, image size, other people's names for its keys, what 
     "DINO ViT": ("vit_tiny", 64, VIT | PREFIX, lambda x: dict(teacher=x | HEAD, epoch=1)),
     "timm ViT": ("vit_tiny", 64, VIT, lambda x: x | {"head.weight": torch.zeros(2, 2)})}
 
-
 def save_weights(kind, path):
     """Write a file of this kind. Returns: its network and its keys as plain torchvision would name them."""
     arch, _, names, wrap = FILES[kind]
@@ -2031,7 +1922,6 @@ def save_weights(kind, path):
         state[key] = value.view(49, 49) if key.endswith("position_index") else value
     torch.save(wrap(state), path)
     return backbone, state
-
 
 @pytest.mark.parametrize("kind", FILES)
 def test_foreign_weights_load_strictly(tmp_path, kind):
@@ -2050,7 +1940,6 @@ def test_foreign_weights_load_strictly(tmp_path, kind):
         torch.save(wrap(changed), path)
         with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
             eval_knn.load_backbone(path, flag="--init-from")
-
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_run_starts_from_foreign_weights(tmp_path, kind):
@@ -2073,7 +1962,6 @@ def test_a_run_starts_from_foreign_weights(tmp_path, kind):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"--init-from file.pt: a {backbone.arch} does not fit --arch {other}" in done.stderr
 
-
 def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
     train_ok("--max-steps 2 --output a", tmp_path)
     frozen = "--max-steps 1 --lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
@@ -2089,12 +1977,10 @@ def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
                     "--init-from a/backbone.pt"):
         assert "(new heads)" in train_ok(f"{frozen} {options} --no-resume --output c", tmp_path).stdout
 
-
 def places(size=200):
     """(3, size, size) uint8: the red and the green of a pixel are its x and its y; the blue is full."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     return torch.stack([x, y, 0 * x + 255]).to(torch.uint8)
-
 
 class Knows(torch.nn.Module):
     """A backbone whose patch features tell the patch's position in the crop, or the place that its colours encode."""
@@ -2111,7 +1997,6 @@ class Knows(torch.nn.Module):
         place = F.avg_pool2d(x, 8)[:, :2].flatten(2).mT * 0.45    # (N, P, 2)
         return x.mean((2, 3)), torch.cat([place.cos(), place.sin()], -1)
 
-
 def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
     images = gld.Images(places().permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "places")
     shares = functools.partial(eval_knn.match_shares, images=images, size=64, scale=(0.4, 1), device="cpu")
@@ -2124,7 +2009,6 @@ def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
     here = torch.arange(64).expand(2, 64)    # masked patches do not count: from patch 20 on, geometry says patch 0
     monkeypatch.setattr(eval_knn, "geometric_matches", lambda *_: (here.where(here < 20, 0), (here < 20).float()))
     assert shares(Knows("position"))["both"] == 100
-
 
 @pytest.mark.parametrize("what", [None, "place", "position"])
 def test_the_picture_joins_patches_that_show_the_same_place(what):
@@ -2147,7 +2031,6 @@ def test_the_picture_joins_patches_that_show_the_same_place(what):
     dark = (picture[130:660, [*range(40, 570), *range(645, 1175)], 2] < 100).mean()
     assert 0.27 < dark < 0.58    # the masked patches are 30 to 55 % of both crops; lines cover little
 
-
 def test_the_picture_on_the_command_line(tmp_path):
     save_pictures(tmp_path / "plain", 2, (60, 90))
     save_pictures(tmp_path / "split/val", 1)
@@ -2165,11 +2048,9 @@ def test_the_picture_on_the_command_line(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1, (wrong, done.stderr)
     assert sorted(tmp_path.iterdir()) == before
 
-
 # ------------------------------------------------------------------------------------------------ README
 
 README = (HERE / "README.md").read_text()
-
 
 def readme_commands():
     """The commands of the README that run gld.py or eval_knn.py, without comments; variables and names are replaced."""
@@ -2182,7 +2063,6 @@ def readme_commands():
             line = re.sub(name, value, line)
         if match := re.search(r"\b(gld|eval_knn)\.py\b", line):
             yield line.startswith("torchrun"), line[match.start():].split("&&")[0].rstrip("' ")
-
 
 def test_the_readmes_commands_run(tmp_path):
     """Every command at a small size: its options must exist and go together. One torchrun line as two processes."""
@@ -2201,7 +2081,6 @@ def test_the_readmes_commands_run(tmp_path):
         done = run(words, tmp_path, processes=2 if torchrun and not launched else 1)
         launched |= torchrun
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-
 
 def test_the_readmes_files_exist():
     names = re.findall(r"\]\((\.github/[\w.]+|\w+\.(?:py|txt))[)#]", README)
