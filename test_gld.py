@@ -390,7 +390,7 @@ def test_loss_refuses_what_does_not_fit():
                               (dict(index=torch.full((3, 2, 2, 9), -2)), r"index must be in \[0, 8\), or -1"),
                               (dict(weight=torch.zeros(2), index=index), r"weight must be \(3, 2, 2, 9\)"),
                               (dict(weight=index - 1.0, index=index), "weight must be .* >= 0"),
-                              (dict(weight=index / 0.0, index=index), "weight must be .* finite")):
+                              (dict(weight=index / 0.0, index=index), "weight must be finite")):
         for impl in ("torch", "auto") + (("triton",) if mk.triton else ()):
             with pytest.raises(ValueError, match=words):
                 local_cross_entropy(s, t, c, impl=impl, **match_args, **TEMPS)
