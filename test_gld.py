@@ -2051,13 +2051,14 @@ def test_the_picture_on_the_command_line(tmp_path):
 # ------------------------------------------------------------------------------------------------ README
 
 README = (HERE / "README.md").read_text()
+NOTES = (HERE / ".github/NOTES.md").read_text()
 
 def readme_commands():
-    """The commands of the README that run gld.py or eval_knn.py, without comments; variables and names are replaced."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    """The commands in README and NOTES that run gld.py or eval_knn.py; variables and names are replaced."""
+    blocks = re.findall(r"```sh\n(.*?)```", README + NOTES, re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").split("\n")]
     for line in lines:
-        for name, value in ((r"runs/\$data-\*/checkpoint.pt", "output/checkpoint.pt"), (r"\$matching", "none"),
+        for name, value in ((r"runs/\S*-\*/checkpoint.pt", "output/checkpoint.pt"), (r"\$matching", "none"),
                             (r"\$\w+", "1"), ("cifar10", "IMAGES"), (r"(PATH/TO/)?(IMAGENET|IMAGES)\b", "IMAGES"),
                             ("PATH/TO/PHOTO.jpg", "IMAGES/val/a/0000.png")):
             line = re.sub(name, value, line)
@@ -2074,14 +2075,30 @@ def test_the_readmes_commands_run(tmp_path):
     assert len(commands) >= 12
     for torchrun, command in commands:
         words = shlex.split(command)
-        if words[0] == "gld.py":
-            words += small
-        else:
-            words += ["--k", "3", "--workers", "0"]
+        words += small if words[0] == "gld.py" else ["--k", "3", "--workers", "0"]
         done = run(words, tmp_path, processes=2 if torchrun and not launched else 1)
         launched |= torchrun
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
-def test_the_readmes_files_exist():
-    names = re.findall(r"\]\((\.github/[\w.]+|\w+\.(?:py|txt))[)#]", README)
-    assert len(names) >= 4 and all((HERE / name).exists() for name in names), names
+def test_the_readmes_python_runs_as_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run-paper").mkdir()
+    backbone = gld.Backbone("swin_t").eval()
+    torch.save(backbone.net.state_dict(), "run-paper/backbone.pt")
+    steps, loss, load = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(steps.splitlines()) <= 25
+    found = [{}, {}, {}]
+    for code, names in zip((steps, loss, load), found):
+        exec(code, names)
+    assert found[0]["loss"] < 6 and found[0]["step"] == 19 and found[1]["z"][1].grad.norm() > 0
+    model, x = found[2]["model"].eval(), torch.randn(1, 3, 224, 224)
+    model.head = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), backbone(x)[0], rtol=1e-4, atol=1e-5)
+
+def test_the_readmes_links_to_files_and_headings_exist():
+    names = re.findall(r"\]\(((?:\.github/)?[\w.]+)(?:#([\w-]+))?\)", README)
+    assert len(names) >= 6 and all((HERE / name).exists() for name, _ in names), names
+    headings = {re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-")
+                for line in NOTES.splitlines() if line.startswith("## ")}
+    assert {heading for _, heading in names if heading} <= headings
