@@ -486,21 +486,17 @@ def test_the_losses_of_dino_and_ibot(impl):
 
 def check_triton(s, t, c, match_args, upstream=1.0, skip=False):
     """Errors of Triton's loss and gradient against float64: plain torch's and a rounding are allowed, no more."""
-    exact = s.detach().double().requires_grad_()
+    exact = s.double().requires_grad_()
     truth = oracle(exact, t, c, skip_same_view=skip, **match_args)
-    truth_grad = torch.autograd.grad(truth, exact)[0] * upstream
-    errors = {}
-    for impl in ("torch", "triton"):
-        leaf = s.detach().clone().requires_grad_()
-        loss = local_cross_entropy(leaf, t, c, skip_same_view=skip, impl=impl, **TEMPS, **match_args)
-        grad = torch.autograd.grad(loss, leaf, torch.tensor(float(upstream), device=loss.device))[0]
-        assert grad.dtype == s.dtype and grad.shape == s.shape and loss.dtype == torch.float32
-        errors[impl] = abs(loss.item() - truth.item()), (grad.double() - truth_grad).abs().max().item()
+    wanted = truth.detach(), torch.autograd.grad(truth, exact)[0] * upstream
+    torchs, mine = (loss_and_grad(s, t, c, upstream, skip_same_view=skip, impl=impl, **match_args)
+                    for impl in ("torch", "triton"))
+    assert mine[0].dtype == torch.float32 and mine[1].dtype == s.dtype and mine[1].shape == s.shape
     # 16 bits: probabilities are stored to 2^-11; bfloat16 gradients are rounded when stored, and when scaled
     rounding = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[t.dtype]
-    sizes = truth.abs().item(), truth_grad.abs().max().item()
-    for mine, torchs, size in zip(errors["triton"], errors["torch"], sizes):
-        assert mine <= 1.1 * torchs + rounding * size, (errors, sizes)
+    for exact, torchs, mine in zip(wanted, torchs, mine):
+        error, allowed = ((x.double() - exact).abs().max() for x in (mine, torchs))
+        assert error <= 1.1 * allowed + rounding * exact.abs().max(), (error, allowed)
 
 @needs_triton
 @pytest.mark.parametrize("K,dtype", [(1, torch.float32), (127, torch.float16), (1000, torch.float32),
@@ -534,41 +530,37 @@ def test_triton_matches_by_index_and_extreme_rows():
     every = boxes | dict(hinge=False)
     check_triton(s, t, c, every, upstream=0.5)
     for change in (lambda x: torch.full_like(x, 3.0), lambda x: x + 1e4, lambda x: 1e4 * x):
-        leaf = change(s).requires_grad_()
-        mine, torchs = (local_cross_entropy(leaf, change(t), c, impl=i, **TEMPS, **every) for i in ("triton", "torch"))
-        torch.testing.assert_close(mine, torchs, rtol=2e-3, atol=0.05)      # float32 at 1e5: a step of 0.008
-        torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (mine, torchs)), rtol=0.02, atol=0.02)
+        (loss, grad), (torchs, torch_grad) = (loss_and_grad(change(s), change(t), c, impl=impl, **every)
+                                              for impl in ("triton", "torch"))
+        torch.testing.assert_close(loss, torchs, rtol=2e-3, atol=0.05)      # float32 at 1e5: a step of 0.008
+        torch.testing.assert_close(grad, torch_grad, rtol=0.02, atol=0.02)
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+@each_impl
 @pytest.mark.parametrize("matches", ["boxes", "index", "single"])
 def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
     """Student views of two sizes in one call equal one call of local_cross_entropy for each size."""
-    g, B, K, grids = torch.Generator().manual_seed(0), 3, 37, [(2, 1), (1, 1)]
-    grids = [(1, 1), (1, 1)] if matches == "single" else grids
-    Q = 3 if matches == "index" else 2
-    z = [F.normalize(torch.randn(v, B, math.prod(grid), 16, generator=g), dim=-1) for v, grid in zip((Q, 1), grids)]
-    teacher_z = F.normalize(torch.randn(Q, B, math.prod(grids[0]), 16, generator=g), dim=-1)
-    w, tw, c = torch.randn(K, 16, generator=g), torch.randn(K, 16, generator=g), torch.randn(K, generator=g) / 4
-    z, (teacher_z, w, tw, c) = [x.to(DEVICE) for x in z], (x.to(DEVICE) for x in (teacher_z, w, tw, c))
+    g, B, K, Q = torch.Generator().manual_seed(0), 3, 37, 3 if matches == "index" else 2
+    grids = [(1, 1), (1, 1)] if matches == "single" else [(2, 1), (1, 1)]
+    shapes = [(Q, B, math.prod(grids[0]), 16), (1, B, 1, 16), (K, 16), (Q, B, math.prod(grids[0]), 16), (K, 16), (K,)]
+    *z, w, teacher_z, tw, c = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
+    *z, teacher_z = (F.normalize(x, dim=-1) for x in (*z, teacher_z))
     boxes = random_boxes(3, B, size=60).to(DEVICE)
     index = [torch.randint(-1, teacher_z.shape[2], (len(x), Q, B, x.shape[2]), generator=g).int().to(DEVICE)
              for x in z]
     weight = [3 * torch.rand(x.shape, generator=g).to(DEVICE) for x in index]
     together = dict(boxes=dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0]),
                     index=dict(index=index, weight=weight), single={})[matches]
-    apart = [dict(together, **{name: part for name, part in (
-        ("student_boxes", boxes[:Q] if i == 0 else boxes[Q:]), ("student_grid", grids[i]), ("index", index[i]),
-        ("weight", weight[i])) if name in together}) for i in (0, 1)]
+    parts = dict(student_boxes=boxes.split((2, 1)), student_grid=grids, index=index, weight=weight)
+    apart = [together | {name: parts[name][i] for name in parts if name in together} for i in range(2)]
     leaves = [x.clone().requires_grad_() for x in (*z, w, teacher_z, tw, c)]
-    truth = sum(local_cross_entropy(x @ leaves[2].T, teacher_z @ tw.T, c, impl="torch", skip_same_view=i == 0, **TEMPS,
-                                    **match_args) for i, (x, match_args) in enumerate(zip(leaves[:2], apart)))
-    expected = torch.autograd.grad(3 * truth, leaves[:3])
+    each = [local_cross_entropy(leaves[i] @ leaves[2].T, teacher_z @ tw.T, c, impl="torch", skip_same_view=i == 0,
+                                **TEMPS, **apart[i]) for i in range(2)]
+    of_first = torch.autograd.grad(each[0], leaves[:3], retain_graph=True, allow_unused=True)
+    truth, expected = sum(each), torch.autograd.grad(3 * sum(each), leaves[:3])
     off = 1e-4 if DEVICE == "cpu" or impl == "torch" else 1e-2  # on a GPU: float16 logits, bfloat16 gradients
     loss_of = functools.partial(head_cross_entropy, skip_same_view=True, impl=impl, **TEMPS)
     for max_bytes in (512 * 2 ** 20, 1):                # all images at once, one at a time
-        copies = {name: [x.clone() for x in part] if name in ("index", "weight") else part
-                  for name, part in together.items()}
-        center = c.clone()
+        center, copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (c, together))
         loss = loss_of(leaves[:2], *leaves[2:5], center, max_bytes=max_bytes, **copies)
         for x in (center, *copies.get("index", []), *copies.get("weight", [])):
             x.zero_()                                   # buffers that are used again before the backward pass
@@ -579,31 +571,24 @@ def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
             assert (mine - wanted).norm() <= off * wanted.norm()
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             torch.testing.assert_close(loss_of(leaves[:2], *leaves[2:], max_bytes=max_bytes, **together), loss)
-    # a single tensor; only one of the two needs a gradient
-    for which in (0, 2):
+    for which in (0, 2):                # a single tensor; only one of the two needs a gradient
         inputs = [leaves[0] if which == 0 else z[0], leaves[2] if which == 2 else w, teacher_z, tw, c]
-        alone = loss_of(*inputs, **apart[0])
-        wanted = torch.autograd.grad(local_cross_entropy(leaves[0] @ leaves[2].T, teacher_z @ tw.T, c, impl="torch",
-                                                         skip_same_view=True, **TEMPS, **apart[0]), leaves[which])[0]
-        assert (torch.autograd.grad(alone, leaves[which])[0] - wanted).norm() <= off * wanted.norm()
+        (found,) = torch.autograd.grad(loss_of(*inputs, **apart[0]), leaves[which])
+        assert (found - of_first[which]).norm() <= off * of_first[which].norm()
 
-def test_second_derivatives_are_right_or_refused():
+@each_impl
+def test_second_derivatives_are_right_or_refused(impl):
     (s, t, c), boxes = small_case(K=5)
-    w, z = torch.randn(5, 3, device=DEVICE).requires_grad_(), torch.randn(2, 1, 4, 3, device=DEVICE)
-    for impl in ("torch",) + (("triton",) if mk.triton else ()):
-        losses = {s: lambda x: local_cross_entropy(x, t, c, impl=impl, **TEMPS, **boxes),
-                  w: lambda x: head_cross_entropy(z, x, z[:2], w.detach(), c, impl=impl, **TEMPS, **boxes)}
-        for leaf, loss in losses.items():
-            leaf = leaf.detach().requires_grad_()
-            if impl == "triton":
-                with pytest.raises(RuntimeError, match="impl='torch' is twice differentiable"):
-                    torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, impl="torch", **TEMPS, **boxes)
-    assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
-    z, w = z.double().requires_grad_(), w.detach().double().requires_grad_()
-    head = functools.partial(head_cross_entropy, teacher_z=z.detach().clone(), teacher_weight=w.detach().clone(),
-                             center=c, impl="torch", **TEMPS, **boxes)
-    assert torch.autograd.gradcheck(head, (z, w)) and torch.autograd.gradgradcheck(head, (z, w))
+    w, options = torch.randn(5, 5, device=DEVICE), dict(impl=impl, **TEMPS, **boxes)
+    if impl == "torch":                 # of ready logits only
+        loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, **options)
+        assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
+    for loss_of in (lambda x: head_cross_entropy(x, w, t, w, c, **options),
+                    lambda x: local_cross_entropy(x, t, c, **options))[:1 if impl == "torch" else 2]:
+        leaf = s.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of(leaf), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="tensors on the CPU")
