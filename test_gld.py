@@ -535,6 +535,13 @@ def test_triton_matches_by_index_and_extreme_rows():
         torch.testing.assert_close(loss, torchs, rtol=2e-3, atol=0.05)      # float32 at 1e5: a step of 0.008
         torch.testing.assert_close(grad, torch_grad, rtol=0.02, atol=0.02)
 
+def for_each_size(options, *counts):
+    """What a call for all sizes of views is given, with so many views of each, as one dict for each size."""
+    parts = {name: options[name] for name in ("student_grid", "index", "weight") if name in options}
+    if "student_boxes" in options:
+        parts["student_boxes"] = options["student_boxes"].split(counts)
+    return [options | {name: part[i] for name, part in parts.items()} for i in range(len(counts))]
+
 @each_impl
 @pytest.mark.parametrize("matches", ["boxes", "index", "single"])
 def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
@@ -550,8 +557,7 @@ def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
     weight = [3 * torch.rand(x.shape, generator=g).to(DEVICE) for x in index]
     together = dict(boxes=dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0]),
                     index=dict(index=index, weight=weight), single={})[matches]
-    parts = dict(student_boxes=boxes.split((2, 1)), student_grid=grids, index=index, weight=weight)
-    apart = [together | {name: parts[name][i] for name in parts if name in together} for i in range(2)]
+    apart = for_each_size(together, Q, 1)
     leaves = [x.clone().requires_grad_() for x in (*z, w, teacher_z, tw, c)]
     each = [local_cross_entropy(leaves[i] @ leaves[2].T, teacher_z @ tw.T, c, impl="torch", skip_same_view=i == 0,
                                 **TEMPS, **apart[i]) for i in range(2)]
@@ -583,12 +589,12 @@ def test_second_derivatives_are_right_or_refused(impl):
     if impl == "torch":                 # of ready logits only
         loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, **options)
         assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
-    for loss_of in (lambda x: head_cross_entropy(x, w, t, w, c, **options),
-                    lambda x: local_cross_entropy(x, t, c, **options))[:1 if impl == "torch" else 2]:
+    losses = [lambda x: head_cross_entropy(x, w, t, w, c, **options)]
+    losses += [lambda x: local_cross_entropy(x, t, c, **options)] if impl == "triton" else []
+    for loss_of, power in itertools.product(losses, (1, 2)):        # with power 2, the upstream gradient needs one
         leaf = s.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(leaf), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            torch.autograd.grad(loss_of(leaf) ** power, leaf, create_graph=True)[0].sum().backward()
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="tensors on the CPU")
@@ -643,6 +649,23 @@ def bytes_moved(B, K, D=256, student=170, teacher=98):
     passes = layer * (3 * 6 + 4 + 8 + 2 * 10 * chunks)  # three casts, zeros, times upstream; gradients are added up
     return kernels, products, passes
 
+def head_inputs(B, K=65536, D=256):
+    """The inputs of the patch head's loss at the paper's size: 2 global and 8 local views."""
+    z = [F.normalize(torch.randn(v, B, n, D), dim=-1).requires_grad_() for v, n in ((2, 49), (8, 9))]
+    weight, boxes = F.normalize(torch.randn(K, D), dim=-1).requires_grad_(), torch.rand(10, B, 5) + 1
+    geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
+    return (z, weight, z[0].detach().flip(1), weight.detach(), torch.zeros(K)), geometry
+
+def head_reference(inputs, geometry, dtype, loss_of=reference_cross_entropy, logits=True):
+    """The loss of `head_inputs` by its definition; `loss_of` is given the student's logits or, without them, z."""
+    z, weight, teacher_z, teacher_weight, c = inputs
+    teacher, loss = teacher_z.to(dtype) @ teacher_weight.to(dtype).T, 0
+    for x, part in zip(z, for_each_size(geometry, 2, 8)):
+        matches = geometric_matches(part["student_boxes"][:, None], part["teacher_boxes"], part["student_grid"], (7, 7))
+        x = x.to(dtype) @ weight.to(dtype).T if logits else x.to(dtype)
+        loss += loss_of(x, teacher, c, *TEMPS.values(), *matches)
+    return loss
+
 @bench
 def test_speed_and_memory_of_the_loss(capsys, request):
     """The local loss of a step with 2 global and 8 local views, last layers and gradients included. It only prints."""
@@ -651,51 +674,43 @@ def test_speed_and_memory_of_the_loss(capsys, request):
     cuda, compiled = DEVICE == "cuda", torch.compile(reference_cross_entropy)
     dtype = torch.float16 if cuda else torch.float32
     for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
-        boxes, c = random_boxes(10, B, size=200).to(DEVICE), torch.zeros(K, device=DEVICE)
-        weight, *z = (F.normalize(torch.randn(*shape, 256, device=DEVICE), dim=-1).requires_grad_()
-                      for shape in ((K,), (2, B, 49), (8, B, 9)))
-        teacher, image = (z[0].detach().flip(1), weight.detach()), torch.arange(B, device=DEVICE)[:, None]
+        with torch.device(DEVICE):
+            inputs, geometry = head_inputs(B, K)
+        boxes = random_boxes(10, B, size=200).to(DEVICE)
+        geometry |= dict(student_boxes=boxes, teacher_boxes=boxes[:2])
+        (z, weight, *_), image = inputs, torch.arange(B, device=DEVICE)[:, None]
 
-        def linear(x, t, index, w):                     # one target for both teacher views
-            p = torch.softmax((t - c) / 0.04, -1).to(dtype)
+        def linear(x, t, c, student_temp, teacher_temp, index, w):      # one target for both teacher views
+            p = torch.softmax((t - c) / teacher_temp, -1).to(dtype)
             p = sum(w[:, q, ..., None].to(dtype) * p[q][image, index[:, q]] for q in range(2)).flatten(0, 2)
-            options = torch.nn.LinearCrossEntropyOptions()
-            x = x.flatten(0, 2) / 0.1
+            x, options = x.flatten(0, 2) / student_temp, torch.nn.LinearCrossEntropyOptions()
             return F.linear_cross_entropy(x, weight.to(dtype), p, reduction="sum", options=options) * len(w) / len(x)
 
-        def reference(how):
-            t = teacher[0].to(dtype) @ teacher[1].to(dtype).T
-            parts = [(x.to(dtype), *geometric_matches(part[:, None], boxes[:2], grid, (7, 7)))
-                     for x, part, grid in zip(z, boxes.split((2, 8)), ((7, 7), (3, 3)))]
-            return sum(linear(x, t, *matches) if how is linear else
-                       how(x @ weight.to(dtype).T, t, c, 0.1, 0.04, *matches) for x, *matches in parts)
-
-        def head(impl):
-            return head_cross_entropy(z, weight, *teacher, c, impl=impl, student_boxes=boxes, teacher_boxes=boxes[:2],
-                                      student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7), **TEMPS)
-
-        ways = {"reference": (reference, reference_cross_entropy), "reference, compiled": (reference, compiled)}
-        ways |= {"F.linear_cross_entropy": (reference, linear)} if hasattr(F, "linear_cross_entropy") else {}
-        ways |= {"torch path": (head, "torch")} | ({"Triton": (head, "triton")} if cuda else {})
+        reference = functools.partial(head_reference, inputs, geometry, dtype)
+        ours = functools.partial(head_cross_entropy, *inputs, **geometry, **TEMPS)
+        ways = {"reference": reference, "reference, compiled": functools.partial(reference, compiled)}
+        if hasattr(F, "linear_cross_entropy"):
+            ways["F.linear_cross_entropy"] = functools.partial(reference, linear, logits=False)
+        ways["torch path"] = functools.partial(ours, impl="torch")
+        ways |= {"Triton": functools.partial(ours, impl="triton")} if cuda else {}
         times, peaks = {name: [] for name in ways}, {}
-        for i, (name, (loss, how)) in itertools.product(range(8), ways.items()):        # taking turns; a warm-up first
+        for i, (name, loss_of) in itertools.product(range(8), ways.items()):            # taking turns; a warm-up first
             torch.cuda.reset_peak_memory_stats() if cuda else None
-            with contextlib.nullcontext() if cuda or i or how is compiled else Peak() as allocated:
+            with contextlib.nullcontext() if cuda or i or "compiled" in name else Peak() as allocated:
                 began = time.perf_counter()
-                torch.autograd.grad(loss(how), [*z, weight])
+                torch.autograd.grad(loss_of(), [*z, weight])
                 torch.cuda.synchronize() if cuda else None
             times[name].append(1e3 * (time.perf_counter() - began))
             peaks[name] = torch.cuda.max_memory_allocated() if cuda else getattr(allocated, "peak", peaks.get(name, 0))
         for name, ms in times.items():
             ms = sorted(ms[1:])[3]
-            memory = f"{peaks[name] / 2 ** 20:.0f} MiB" if peaks[name] else "memory not counted"
-            line = f"{name:22} {ms:8.2f} ms, {memory}"
+            line = f"B = {B}, K = {K}: {name:22} {ms:8.2f} ms, {peaks[name] / 2 ** 20:.0f} MiB (0: not counted)"
             if name == "Triton":
                 card, rate = torch.cuda.get_device_properties(0), sum(bytes_moved(B, K)) / ms / 1e6
                 most = card.memory_clock_rate * card.memory_bus_width / 4e6
                 line += f", {rate:.0f} GB/s by the byte model, {100 * rate / most:.0f} % of the card's peak"
             with capsys.disabled():
-                print(f"\nB = {B}, K = {K}: {line}", end="")
+                print(f"\n{line}", end="")
 
 # ------------------------------------------------------------------------------------------------ CUDA without a GPU
 
@@ -782,13 +797,6 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: mock.patch.object(NoLaunch, "current", x.device))
     return kernels
 
-def head_inputs(B, K=65536, D=256):
-    """The inputs of the patch head's loss at the paper's size: 2 global and 8 local views."""
-    z = [torch.randn(v, B, n, D).requires_grad_() for v, n in ((2, 49), (8, 9))]
-    weight, boxes = torch.randn(K, D).requires_grad_(), torch.rand(10, B, 5) + 1
-    geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
-    return (z, weight, torch.randn(2, B, 49, D), weight.detach(), torch.zeros(K)), geometry
-
 def flops_of(*args, **kwargs):
     """Of the forward pass of the head's loss, in units of one row of logits. Triton's path makes no small products."""
     with FlopCounterMode(display=False) as counter:
@@ -807,9 +815,8 @@ def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
             weight = weight.detach().requires_grad_(bool(w_learns))
             with torch.set_grad_enabled(bool(grad)):
                 assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 98 + products * 170
-        boxes, grids = geometry["student_boxes"].split((2, 8)), geometry["student_grid"]
-        parts = [geometry | dict(student_boxes=boxes[i], student_grid=grids[i]) for i in range(2)]
-        apart = sum(flops_of(z[i], weight, *teacher, **parts[i], impl="torch") for i in range(2))
+        apart = sum(flops_of(x, weight, *teacher, **part, impl="torch")
+                    for x, part in zip(z, for_each_size(geometry, 2, 8)))
         assert flops_of(z, weight, *teacher, **geometry, impl="torch") <= apart - 98
         many, geometry = head_inputs(B=8)
         without_kernels[0].rows.clear()
@@ -844,19 +851,14 @@ def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
     peaks = {}
     for name, B in itertools.product(("reference", "ours"), (32, 64, 128)):
         with FakeTensorMode(), torch.device("cuda:0" if name == "ours" else "cpu"):
-            (z, weight, teacher_z, teacher_weight, c), geometry = head_inputs(B)
+            inputs, geometry = head_inputs(B)
             with Peak() as peak:
-                if name == "ours":
-                    loss = head_cross_entropy(z, weight, teacher_z, teacher_weight, c, **TEMPS, **geometry)
+                if name == "reference":
+                    head_reference(inputs, geometry, torch.float16).backward()
+                else:
+                    loss = head_cross_entropy(*inputs, **TEMPS, **geometry)
                     with torch.no_grad():
                         mk._TritonLoss.backward(loss.grad_fn, torch.ones(()))
-                else:
-                    teacher, loss = teacher_z.half() @ teacher_weight.half().T, 0
-                    for x, boxes, grid in zip(z, geometry["student_boxes"].split((2, 8)), geometry["student_grid"]):
-                        matches = geometric_matches(boxes[:, None], geometry["teacher_boxes"], grid, (7, 7))
-                        student = x.half() @ weight.half().T
-                        loss += reference_cross_entropy(student, teacher, c, *TEMPS.values(), *matches)
-                    loss.backward()
         peaks[name, B] = round(peak.peak / 2 ** 30, 2)
     print(peaks)
     assert max(peaks["ours", B] for B in (32, 64, 128)) < 0.8 and peaks["reference", 128] > 20
@@ -909,16 +911,6 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         monkeypatch.setattr(eval_knn, "max", lambda *numbers: 10, raising=False)     # fake labels have no maximum
         eval_knn.knn(features, labels, features, labels, [10, 20], 0.07)
 
-@pytest.fixture
-def simulated_driver(monkeypatch):
-    """ttsem keeps tensors for "cuda" on the CPU. There, what needs a driver does nothing, and autocast for "cuda" is
-    that of the CPU, so that the networks do compute in half precision."""
-    autocast = torch.autocast
-    if SIMULATED:
-        monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: x)
-        monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
-
 @needs_gpu
 @pytest.mark.parametrize("matches", ["boxes", "index", "index and weight"])
 def test_triton_head_in_half_precision_against_float64(matches):
@@ -935,18 +927,16 @@ def test_triton_head_in_half_precision_against_float64(matches):
     w, teacher_w = close_to(groups.repeat(64, 1), 0.3), close_to(groups.repeat(64, 1), 0.3)
     c, boxes = torch.randn(4096, generator=g) / 50, random_boxes(5, 2, size=60)
     options = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0])
-    pairs = [geometric_matches(part[:, None], boxes[:2], grid, grids[0])
-             for part, grid in zip(boxes.split((2, 3)), grids)]
     if matches != "boxes":
+        pairs = [geometric_matches(part["student_boxes"][:, None], boxes[:2], part["student_grid"], grids[0])
+                 for part in for_each_size(options, 2, 3)]
         options = dict(index=[index.where(hinge > 0, -1) for index, hinge in pairs])
     if matches == "index and weight":
-        options["weight"] = [torch.rand(hinge.shape, generator=g) for _, hinge in pairs]
-        pairs = [(index, hinge * weight) for (index, hinge), weight in zip(pairs, options["weight"])]
-    pairs[0][1][[0, 1], [0, 1]] = 0     # skip_same_view
-    exact, truth = [x.double().requires_grad_() for x in (*z, w)], 0
-    for x, (index, weight) in zip(exact, pairs):
-        truth += reference_cross_entropy(x @ exact[2].T, teacher_z.double() @ teacher_w.double().T, c, **TEMPS,
-                                         index=index, weight=weight)
+        options["weight"] = [torch.rand(index.shape, generator=g) for index in options["index"]]
+    exact = [x.double().requires_grad_() for x in (*z, w)]
+    teacher = teacher_z.double() @ teacher_w.double().T
+    truth = sum(oracle(exact[i] @ exact[2].T, teacher, c, skip_same_view=i == 0, **part)
+                for i, part in enumerate(for_each_size(options, 2, 3)))
     *z, w, teacher_z, teacher_w, c = (x.to(DEVICE).requires_grad_() for x in (*z, w, teacher_z, teacher_w, c))
     options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), options)
     options |= dict(skip_same_view=True, max_bytes=2 ** 19)     # one image at a time
@@ -958,8 +948,13 @@ def test_triton_head_in_half_precision_against_float64(matches):
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_triton_training_has_the_losses_of_the_cpu(precision, simulated_driver, tmp_path):
+def test_triton_training_has_the_losses_of_the_cpu(precision, monkeypatch, tmp_path):
     """Two epochs of 6 steps, against the torch path in float32. ttsem takes 3 ms for a patch: so views have few."""
+    autocast = torch.autocast
+    if SIMULATED:       # tensors for "cuda" are on the CPU: what needs a driver does nothing, autocast is the CPU's
+        monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: x)
+        monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
     tiny = "--data-fraction 0.02 --epochs 2 --global-size 16 --local-size 8 --blur-sigma 0.1 0.3"
     logs = {}
     for device, options in (("cpu", "--impl torch --precision fp32"), ("cuda", f"--precision {precision}")):
