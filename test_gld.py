@@ -537,42 +537,52 @@ def for_each_size(options, *counts):
     return [options | {name: part[i] for name, part in parts.items()} for i in range(len(counts))]
 
 @each_impl
-@pytest.mark.parametrize("matches", ["boxes", "index", "single"])
-def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
-    """Student views of two sizes in one call equal one call of local_cross_entropy for each size."""
-    g, B, K, Q = torch.Generator().manual_seed(0), 3, 37, 3 if matches == "index" else 2
-    grids = [(1, 1), (1, 1)] if matches == "single" else [(2, 1), (1, 1)]
-    shapes = [(Q, B, math.prod(grids[0]), 16), (1, B, 1, 16), (K, 16), (Q, B, math.prod(grids[0]), 16), (K, 16), (K,)]
-    *z, w, teacher_z, tw, c = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
-    *z, teacher_z = (F.normalize(x, dim=-1) for x in (*z, teacher_z))
-    boxes = random_boxes(3, B, size=60).to(DEVICE)
-    index = [torch.randint(-1, teacher_z.shape[2], (len(x), Q, B, x.shape[2]), generator=g).int().to(DEVICE)
-             for x in z]
+@pytest.mark.parametrize("matches", ["boxes", "index", "index and weight", "single"])
+def test_head_loss_equals_the_definition(impl, matches):
+    """Student views of two sizes in one call. Triton on a GPU: float16 logits, bfloat16 gradients over them."""
+    g, half = torch.Generator().manual_seed(0), impl == "triton" and DEVICE == "cuda"
+    B, K, D, grids = (2, 4096, 256, [(4, 4), (2, 2)]) if DEVICE == "cuda" else (3, 23, 16, [(2, 1), (1, 1)])
+    Q, grids = 3 if matches == "index" else 2, [(1, 1), (1, 1)] if matches == "single" else grids
+    Ns, Nt = math.prod(grids[1]), math.prod(grids[0])
+
+    def close_to(x, noise):
+        return F.normalize(x + noise * F.normalize(torch.randn(x.shape, generator=g), dim=-1), dim=-1)
+
+    # many prototypes compete for each patch, with logits near 0.9, where bfloat16 logits would be too coarse
+    groups = close_to(torch.zeros(Q * B * Nt, D), 1)
+    teacher_z = close_to(groups.view(Q, B, Nt, D), 0.3)
+    z = [close_to(teacher_z, 0.5), close_to(groups[:B * Ns].view(1, B, Ns, D), 0.5)]
+    w, tw = (close_to(groups.repeat(K, 1)[:K], 0.3) for _ in range(2))
+    *leaves, boxes = (x.to(DEVICE) for x in (*z, w, teacher_z, tw, torch.randn(K, generator=g) / 50,
+                                             random_boxes(Q + 1, B, size=60)))
+    index = [torch.randint(-1, Nt, (len(x), Q, B, x.shape[2]), generator=g).int().to(DEVICE) for x in z]
     weight = [3 * torch.rand(x.shape, generator=g).to(DEVICE) for x in index]
-    together = dict(boxes=dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0]),
-                    index=dict(index=index, weight=weight), single={})[matches]
-    apart = for_each_size(together, Q, 1)
-    leaves = [x.clone().requires_grad_() for x in (*z, w, teacher_z, tw, c)]
-    each = [local_cross_entropy(leaves[i] @ leaves[2].T, teacher_z @ tw.T, c, impl="torch", skip_same_view=i == 0,
-                                **TEMPS, **apart[i]) for i in range(2)]
-    of_first = torch.autograd.grad(each[0], leaves[:3], retain_graph=True, allow_unused=True)
-    truth, expected = sum(each), torch.autograd.grad(3 * sum(each), leaves[:3])
-    off = 1e-4 if DEVICE == "cpu" or impl == "torch" else 1e-2  # on a GPU: float16 logits, bfloat16 gradients
+    together = dict(boxes=dict(student_boxes=boxes, teacher_boxes=boxes[:Q], student_grid=grids, teacher_grid=grids[0]),
+                    index=dict(index=index), single={}).get(matches, dict(index=index, weight=weight))
+    apart, exact = for_each_size(together, Q, 1), [x.double().requires_grad_() for x in leaves]
+    each = [oracle(exact[i] @ exact[2].T, exact[3] @ exact[4].T, exact[5], skip_same_view=i == 0, **apart[i])
+            for i in range(2)]
+    of_first = torch.autograd.grad(each[0], exact[:3], retain_graph=True, allow_unused=True)
+    truth, expected = sum(each), torch.autograd.grad(3 * sum(each), exact[:3])
+    off = 6e-3 if half else 1e-4
+    leaves = [x.requires_grad_() for x in leaves]
     loss_of = functools.partial(head_cross_entropy, skip_same_view=True, impl=impl, **TEMPS)
     for max_bytes in (512 * 2 ** 20, 1):                # all images at once, one at a time
-        center, copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (c, together))
+        center, copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (leaves[5].detach(), together))
         loss = loss_of(leaves[:2], *leaves[2:5], center, max_bytes=max_bytes, **copies)
         for x in (center, *copies.get("index", []), *copies.get("weight", [])):
             x.zero_()                                   # buffers that are used again before the backward pass
-        assert (loss - truth).abs() <= off * truth.abs()
         found = torch.autograd.grad(3 * loss, leaves, allow_unused=True, retain_graph=True)
         assert found[3:] == (None, None, None)
-        for mine, wanted in zip(found, expected):
-            assert (mine - wanted).norm() <= off * wanted.norm()
+        errors = [((mine - wanted).norm() / wanted.norm()).item() for mine, wanted in zip(found, expected)]
+        print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", errors)
+        # an error of the loss averages out, but not over the few rows of whole images
+        assert abs(loss.item() / truth.item() - 1) < (1e-3 if half and matches == "single" else 2e-5)
+        assert max(errors) < off
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             torch.testing.assert_close(loss_of(leaves[:2], *leaves[2:], max_bytes=max_bytes, **together), loss)
     for which in (0, 2):                # a single tensor; only one of the two needs a gradient
-        inputs = [leaves[0] if which == 0 else z[0], leaves[2] if which == 2 else w, teacher_z, tw, c]
+        inputs = [x if i == which else x.detach() for i, x in enumerate(leaves) if i != 1]
         (found,) = torch.autograd.grad(loss_of(*inputs, **apart[0]), leaves[which])
         assert (found - of_first[which]).norm() <= off * of_first[which].norm()
 
@@ -887,41 +897,6 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         labels = torch.zeros(2 * B, dtype=torch.int64)
         monkeypatch.setattr(eval_knn, "max", lambda *numbers: 10, raising=False)     # fake labels have no maximum
         eval_knn.knn(features, labels, features, labels, [10, 20], 0.07)
-
-@needs_gpu
-@pytest.mark.parametrize("matches", ["boxes", "index", "index and weight"])
-def test_triton_head_in_half_precision_against_float64(matches):
-    """The branch that only a GPU takes: float16 logits, bfloat16 gradients over them. Errors are relative norms."""
-    g, grids = torch.Generator().manual_seed(0), [(4, 4), (2, 2)]
-
-    def close_to(x, noise):
-        return F.normalize(x + noise * F.normalize(torch.randn(x.shape, generator=g), dim=-1), dim=-1)
-
-    # 64 prototypes compete for each patch, with logits near 0.9, where bfloat16 logits would be too coarse
-    groups = close_to(torch.zeros(64, 256), 1)
-    teacher_z = close_to(groups.view(2, 2, 16, 256), 0.3)
-    z = [close_to(teacher_z, 0.5), close_to(groups[:24].view(3, 2, 4, 256), 0.5)]
-    w, teacher_w = close_to(groups.repeat(64, 1), 0.3), close_to(groups.repeat(64, 1), 0.3)
-    c, boxes = torch.randn(4096, generator=g) / 50, random_boxes(5, 2, size=60)
-    options = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0])
-    if matches != "boxes":
-        pairs = [geometric_matches(part["student_boxes"][:, None], boxes[:2], part["student_grid"], grids[0])
-                 for part in for_each_size(options, 2, 3)]
-        options = dict(index=[index.where(hinge > 0, -1) for index, hinge in pairs])
-    if matches == "index and weight":
-        options["weight"] = [torch.rand(index.shape, generator=g) for index in options["index"]]
-    exact = [x.double().requires_grad_() for x in (*z, w)]
-    teacher = teacher_z.double() @ teacher_w.double().T
-    truth = sum(oracle(exact[i] @ exact[2].T, teacher, c, skip_same_view=i == 0, **part)
-                for i, part in enumerate(for_each_size(options, 2, 3)))
-    *z, w, teacher_z, teacher_w, c = (x.to(DEVICE).requires_grad_() for x in (*z, w, teacher_z, teacher_w, c))
-    options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), options)
-    options |= dict(skip_same_view=True, max_bytes=2 ** 19)     # one image at a time
-    loss = head_cross_entropy(z, w, teacher_z, teacher_w, c, **TEMPS, **options)
-    errors = [(mine.cpu() - wanted).norm() / wanted.norm() for mine, wanted in zip(
-        torch.autograd.grad(3 * loss, [*z, w]), torch.autograd.grad(3 * truth, exact))]
-    print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", *map("{:.1e}".format, errors))
-    assert abs(loss.item() / truth.item() - 1) < 2e-5 and max(errors) < 6e-3
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
