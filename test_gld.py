@@ -290,9 +290,8 @@ def test_nothing_matched_infinities_and_nans(impl):
     empty = torch.zeros(2, 2, 0, 4, dtype=torch.int64, device=DEVICE)
     loss, grad = loss_of(s[:, :0], t[:, :0], c, index=empty)        # no images
     assert loss == 0 and grad.shape == (2, 0, 4, 37)
-    z, w = torch.zeros(2, 1, 0, 5, device=DEVICE), torch.zeros(37, 5, device=DEVICE)        # a view without patches
-    matching = dict(index=empty.view(2, 2, 1, 0), impl=impl)
-    assert head_cross_entropy(z, w, z.new_zeros(2, 1, 4, 5), w, c, **matching, **TEMPS) == 0
+    w = torch.eye(37, device=DEVICE)                                # a view without patches
+    assert head_cross_entropy(s[:, :, :0], w, t, w, c, index=empty.view(2, 2, 1, 0), impl=impl, **TEMPS) == 0
     matching = boxes | dict(student_grid=[(2, 2), (1, 1)])          # no local views
     found = local_cross_entropy([s, s[:0, :, :1]], t, c, impl=impl, **TEMPS, **matching)
     assert torch.equal(found, loss_of(s, t, c, **boxes)[0])
@@ -381,10 +380,8 @@ BAD_HEADS = [                           # of head_cross_entropy, with D = 5
     (dict(student_weight=torch.zeros(37, 4)), r"student_weight must be \(37, 5\).*\(37, 4\)"),
     (dict(student_weight=None), r"center must be \(5,\)"),
     (dict(teacher_weight=torch.zeros(30, 5)), r"teacher_weight must be \(37, 5\).*\(30, 5\)"),
-    (dict(teacher_weight=None), "teacher_weight .*NoneType"),
     (dict(teacher_z=torch.zeros(2, 1, 9, 5)), "student_z must be"),
     (dict(teacher_z=[torch.zeros(2, 2, 9, 5)]), "teacher_z"),
-    (dict(student_z=None), "student_z"),
     (dict(student_z=[]), "student_z"),
     (dict(student_z=[torch.zeros(2, 2, 9, 5)], student_grid=[]), "one length"),
     (dict(student_z=[torch.zeros(2, 2, 9, 5)] * 2, index=torch.zeros(2, 2, 2, 9).long()), "index must be"),
@@ -411,20 +408,16 @@ def test_loss_refuses_what_does_not_fit(monkeypatch):
     with pytest.raises(ValueError, match="impl='triton' needs"):
         local_cross_entropy(**logits, impl="triton")
 
-def golden(name):
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"no recorded outputs {path}")
-    with np.load(path) as file:
-        return {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "fib" else str(file[k]) for k in file.files}
-
 @each_impl
 @pytest.mark.parametrize("name", ["distance_hinge.npz", "distance_nohinge.npz", "similarity.npz"])
 def test_recorded_outputs_of_the_official_loss(name, impl):
     """The whole loss of gld.py: last layers that are the identity turn its bottlenecks into the given logits."""
     if impl == "triton" and (DEVICE == "cuda" or name == "distance_nohinge.npz"):
         pytest.skip("heads are float16 on a GPU, float32 in the interpreter; without hinge, matches are an index, too")
-    g = golden(name)
+    if not (GOLDEN / name).exists():
+        pytest.skip(f"no recorded outputs {GOLDEN / name}")
+    with np.load(GOLDEN / name) as file:
+        g = {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "fib" else str(file[k]) for k in file.files}
     boxes = torch.cat([g["boxes"].float(), g["flips"][..., None].float()], -1)
     (V, B), K = boxes.shape[:2], g["student_patch"].shape[1]
     s_patch, s_cls = (g[k].clone().requires_grad_() for k in ("student_patch", "student_cls"))
@@ -541,7 +534,7 @@ def for_each_size(options, *counts):
 def test_head_loss_equals_the_definition(impl, matches):
     """Student views of two sizes in one call. Triton on a GPU: float16 logits, bfloat16 gradients over them."""
     g, half = torch.Generator().manual_seed(0), impl == "triton" and DEVICE == "cuda"
-    B, K, D, grids = (2, 4096, 256, [(4, 4), (2, 2)]) if DEVICE == "cuda" else (3, 23, 16, [(2, 1), (1, 1)])
+    B, K, D, grids = (2, 4096, 256, [(4, 4), (2, 2)]) if DEVICE == "cuda" else (2, 23, 16, [(2, 1), (1, 1)])
     Q, grids = 3 if matches == "index" else 2, [(1, 1), (1, 1)] if matches == "single" else grids
     Ns, Nt = math.prod(grids[1]), math.prod(grids[0])
 
@@ -678,8 +671,7 @@ def test_speed_and_memory_of_the_loss(capsys, request):
         ways = {"reference": reference, "reference, compiled": functools.partial(reference, compiled)}
         if hasattr(F, "linear_cross_entropy"):
             ways["F.linear_cross_entropy"] = functools.partial(reference, linear, logits=False)
-        ways["torch path"] = functools.partial(ours, impl="torch")
-        ways |= {"Triton": functools.partial(ours, impl="triton")} if cuda else {}
+        ways |= {impl: functools.partial(ours, impl=impl) for impl in ("torch", "triton")[:1 + cuda]}
         times, peaks = {name: [] for name in ways}, {}
         for i, (name, loss_of) in itertools.product(range(8), ways.items()):            # taking turns; a warm-up first
             torch.cuda.reset_peak_memory_stats() if cuda else None
@@ -692,7 +684,7 @@ def test_speed_and_memory_of_the_loss(capsys, request):
         for name, ms in times.items():
             ms = sorted(ms[1:])[3]
             line = f"B = {B}, K = {K}: {name:22} {ms:8.2f} ms, {peaks[name] / 2 ** 20:.0f} MiB (0: not counted)"
-            if name == "Triton":
+            if name == "triton":
                 card, rate = torch.cuda.get_device_properties(0), sum(bytes_moved(B, K)) / ms / 1e6
                 most = card.memory_clock_rate * card.memory_bus_width / 4e6
                 line += f", {rate:.0f} GB/s by the byte model, {100 * rate / most:.0f} % of the card's peak"
@@ -731,11 +723,11 @@ def check(part, arch):
     # a line is "/*1900*/ @!P0 BRA 0x1140 ;"; a loop ends in a jump back; an instruction is 16 bytes
     code = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:[^;]*\b(0x[0-9a-f]+))?[^;]*;", sass)
     jumps = [(int(to, 16), int(at, 16)) for at, op, to in code if op.startswith("BRA") and to]
-    loops = [(to, at) for to, at in jumps if at - to > 150]
+    loops, registers = [(to, at) for to, at in jumps if at - to > 150], int(re.search(r"REG:(\d+)", sass)[1])
     elements = [((end - start) // 16 + 1) / 8 for start, end in loops]
-    print(f"sm_{arch} {part}: registers", re.search(r"REG:(\d+)", sass)[1], "instructions per element", elements)
+    print(f"sm_{arch} {part}: registers {registers}, instructions per element", elements)
     assert not any(op[:3] in ("LDL", "STL") for _, op, _ in code), "spills"
-    assert int(re.search(r"REG:(\d+)", sass)[1]) <= 48 and max(elements) <= 16, "registers, instructions"
+    assert registers <= 48 and max(elements) <= 16, "registers, instructions"
     for start, end in loops:
         ops = [op for at, op, _ in code if start <= int(at, 16) <= end]
         memory = [op for op in ops if op[:3] in ("LDG", "STG")]
@@ -758,15 +750,12 @@ def test_kernels_compile_without_spills():
     environment = os.environ | dict(TRITON_INTERPRET="0")
     assert subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=environment).returncode == 0
 
-class NoLaunch:
-    """In the place of a kernel: notes the rows of each launch, checks the devices, and computes nothing."""
+class NoLaunch(list):
+    """In the place of a kernel: a list of the rows of each launch, which checks the devices and computes nothing."""
     current = None                      # the device that torch.cuda.device_of made the current one
 
-    def __init__(self):
-        self.rows = []
-
     def __getitem__(self, grid):
-        self.rows.append(grid[0])
+        self.append(grid[0])
         return self.check
 
     def check(self, *args, **kwargs):
@@ -796,7 +785,7 @@ def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
     with FakeTensorMode():
         (z, weight, *teacher), geometry = head_inputs(B=1)
         assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 98 + 3 * 170
-        assert without_kernels[0].rows == [98] and without_kernels[1].rows == [98, 72]
+        assert without_kernels[0] == [98] and without_kernels[1] == [98, 72]
         for z_learns, w_learns, grad, products in ((0, 1, 1, 2), (1, 0, 1, 2), (0, 0, 1, 1), (1, 1, 0, 1)):
             z = [x.detach().requires_grad_(bool(z_learns)) for x in z]
             weight = weight.detach().requires_grad_(bool(w_learns))
@@ -806,16 +795,15 @@ def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
                     for x, part in zip(z, for_each_size(geometry, 2, 8)))
         assert flops_of(z, weight, *teacher, **geometry, impl="torch") <= apart - 98
         many, geometry = head_inputs(B=8)
-        without_kernels[0].rows.clear()
+        without_kernels[0].clear()
         flops_of(*many, **geometry, impl="triton", max_bytes=4 * 268 * 65536 * 4)      # 4 images at a time fit
-        assert without_kernels[0].rows == [4 * 98, 4 * 98]
+        assert without_kernels[0] == [4 * 98, 4 * 98]
 
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """Follows allocations: bytes in live storages now, and at most."""
-
+    """Follows allocations: the bytes of each live storage, and the most at one time."""
     def __init__(self):
         super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
+        self.live, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -823,13 +811,9 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live:
                 storage = x.untyped_storage()
                 self.live[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata)
+                self.peak = max(self.peak, sum(self.live.values()))
+                weakref.finalize(storage, self.live.pop, storage._cdata)
         return out
-
-    def free(self, key):
-        self.now -= self.live.pop(key)
 
 @needs_fake_gpu
 def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
