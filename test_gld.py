@@ -204,8 +204,6 @@ def test_geometric_match_equals_brute_force(s_grid, t_grid):
         assert 0 < weight.mean() < 1
 
 def test_ties_go_to_the_lower_and_right_cell_and_leading_shapes_broadcast():
-    box = torch.tensor([10.0, 20, 60, 60, 0])
-    assert geometric_matches(box, box, (1, 1), (2, 2))[0].tolist() == [3]
     for size in range(1, 600, 7):       # thirds, sevenths: an exact tie stays one in floating point
         box = torch.tensor([5.0, 3, size, size, 0])
         assert geometric_matches(box, box, (3, 3), (6, 6))[0].tolist() == [7, 9, 11, 19, 21, 23, 31, 33, 35]
@@ -223,15 +221,13 @@ def test_similarity_match_is_the_argmax_of_the_cosine():
     close = F.normalize(torch.ones(64) + torch.randn(1, 1, 50, 64, generator=g) / 50, dim=-1)
     with torch.autocast("cpu", torch.bfloat16):         # in 16 bits, close features would be one
         assert torch.equal(similarity_matches(close, close)[0, 0], torch.arange(50))
-    with pytest.raises(RuntimeError, match="5x8 and 9x7"):
-        similarity_matches(torch.zeros(5, 8), torch.zeros(7, 9))
 
 # ------------------------------------------------------------------------------------------------ the loss
 
 each_impl = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 
 def oracle(s, t, center, index=None, skip_same_view=False, student_boxes=None, teacher_boxes=None, student_grid=None,
-           teacher_grid=None, hinge=True, weight=None, **temps):
+           teacher_grid=None, hinge=True, weight=None):
     """The definition of the loss in float64. Matches by boxes are tested against brute force above."""
     if student_boxes is not None:
         index, weight = geometric_matches(student_boxes[:, None], teacher_boxes, student_grid, teacher_grid, hinge)
@@ -243,7 +239,7 @@ def oracle(s, t, center, index=None, skip_same_view=False, student_boxes=None, t
         for v in range(min(weight.shape[:2])):
             weight[v, v] = 0
     return reference_cross_entropy(s.double(), t.double(), center.double(), index=index.long().clamp(min=0),
-                                   weight=weight.double(), **TEMPS | temps)
+                                   weight=weight.double(), **TEMPS)
 
 def case(V=2, Q=2, B=1, s_grid=(2, 2), t_grid=(2, 2), K=37, seed=0):
     """Logits, a centre, boxes and grids. Few rows, since the interpreter takes some 20 ms for each."""
@@ -351,8 +347,7 @@ BAD_ARGUMENTS = [                       # of local_cross_entropy
     (dict(teacher_logits=torch.zeros(0, 2, 8, 37)), "Q = 0"),
     (dict(student_logits=torch.zeros(2, 9, 37)), "student_logits .* 4 axes"),
     (dict(student_logits=torch.zeros(0, 2, 9, 37)), "V = 0"),
-    (dict(student_boxes=torch.zeros(3, 2, 4)), r"student_boxes must be \(3, 2, 5\).*got \(3, 2, 4\)"),
-    (dict(student_boxes=np.ones((3, 2, 5))), "student_boxes.*ndarray"),
+    (dict(student_boxes=np.ones((3, 2, 5))), r"student_boxes must be \(3, 2, 5\) .*got ndarray"),
     (dict(student_boxes=torch.zeros(3, 2, 5)), "student_boxes must be .* finite, with height and width above 0"),
     (dict(teacher_boxes=torch.full((2, 2, 5), math.nan)), "teacher_boxes must be .* finite"),
     (dict(teacher_boxes=None), "teacher_boxes must be .*NoneType"),
@@ -399,10 +394,6 @@ def test_loss_refuses_what_does_not_fit(monkeypatch):
             for change, words in bad:
                 with pytest.raises(ValueError, match=words):
                     function(**arguments | dict(impl=impl) | change)
-    with pytest.raises(TypeError, match=r"_cross_entropy\(\) got .* 'student_box'"):
-        local_cross_entropy(s, t, c, student_box=1, **TEMPS)
-    with FakeTensorMode():              # the values of fake boxes cannot be looked at
-        geometric_matches(torch.zeros(3, 5), torch.zeros(3, 5), (2, 2), (2, 2))
     monkeypatch.setattr(mk, "INTERPRETED", False, raising=False)
     local_cross_entropy(**logits, impl="auto")
     with pytest.raises(ValueError, match="impl='triton' needs"):
@@ -422,7 +413,6 @@ def test_recorded_outputs_of_the_official_loss(name, impl):
     (V, B), K = boxes.shape[:2], g["student_patch"].shape[1]
     s_patch, s_cls = (g[k].clone().requires_grad_() for k in ("student_patch", "student_cls"))
     views = [(len(list(same)), side) for side, same in itertools.groupby(g["grids"].tolist())]
-
     def split(x):
         parts = x.split([v * B * side ** 2 for v, side in views])
         return [part.view(v, B, side ** 2, -1) for part, (v, side) in zip(parts, views)]
@@ -486,20 +476,18 @@ def check_triton(s, t, c, match_args, upstream=1.0, skip=False):
         assert error <= 1.1 * allowed + rounding * exact.abs().max(), (error, allowed)
 
 @needs_triton
-@pytest.mark.parametrize("K,dtype", [(1, torch.float32), (127, torch.float16), (1000, torch.float32),
-                                     (4097, torch.float32), (4097, torch.float16)]
-                         + [(65537, torch.float32), (65536, torch.bfloat16)] * (DEVICE == "cuda"))
-def test_triton_error_is_no_worse_than_torchs(K, dtype):
-    (s, t, c), boxes = case(K=K, seed=K)
-    check_triton(s.to(dtype), t.to(dtype), c, boxes, upstream=2.0, skip=True)
-
-@needs_triton
-@pytest.mark.parametrize("s_grid,t_grid,V,Q", [((1, 1), (7, 7), 3, 2), ((3, 3), (1, 1), 1, 2), ((2, 5), (3, 4), 1, 1),
-                                               ((1, 1), (1, 1), 2, 5)])
-def test_triton_grids_flips_ties_and_numbers_of_views(s_grid, t_grid, V, Q):
-    (s, t, c), boxes = case(V=V, Q=Q, s_grid=s_grid, t_grid=t_grid, seed=3, K=19)
-    check_triton(s, t, c, boxes, skip=V > 1)
-    check_triton(s, t, c, boxes | {name: boxes[name].round() for name in ("student_boxes", "teacher_boxes")})
+@pytest.mark.parametrize("dtype,change", [
+    (torch.float32, dict(K=1)), (torch.float16, dict(K=127)), (torch.float32, dict(K=1000)),
+    (torch.float32, dict(K=4097)), (torch.float16, dict(K=4097)),
+    (torch.float32, dict(V=3, s_grid=(1, 1), t_grid=(7, 7))), (torch.float32, dict(V=1, s_grid=(3, 3), t_grid=(1, 1))),
+    (torch.float32, dict(V=1, Q=1, s_grid=(2, 5), t_grid=(3, 4))), (torch.float32, dict(Q=5, s_grid=(1, 1)))]
+    + [(torch.float32, dict(K=65537)), (torch.bfloat16, dict(K=65536))] * (DEVICE == "cuda"))
+def test_triton_error_is_no_worse_than_torchs(dtype, change):
+    """Sizes of K, grids, flips, and numbers of views; rounded boxes have ties."""
+    (s, t, c), boxes = case(**dict(K=19, seed=3) | change)
+    check_triton(s.to(dtype), t.to(dtype), c, boxes, upstream=2.0, skip=len(s) > 1)
+    if "K" not in change:
+        check_triton(s, t, c, boxes | {name: boxes[name].round() for name in ("student_boxes", "teacher_boxes")})
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -537,7 +525,6 @@ def test_head_loss_equals_the_definition(impl, matches):
     B, K, D, grids = (2, 4096, 256, [(4, 4), (2, 2)]) if DEVICE == "cuda" else (2, 23, 16, [(2, 1), (1, 1)])
     Q, grids = 3 if matches == "index" else 2, [(1, 1), (1, 1)] if matches == "single" else grids
     Ns, Nt = math.prod(grids[1]), math.prod(grids[0])
-
     def close_to(x, noise):
         return F.normalize(x + noise * F.normalize(torch.randn(x.shape, generator=g), dim=-1), dim=-1)
 
@@ -556,8 +543,7 @@ def test_head_loss_equals_the_definition(impl, matches):
     each = [oracle(exact[i] @ exact[2].T, exact[3] @ exact[4].T, exact[5], skip_same_view=i == 0, **apart[i])
             for i in range(2)]
     of_first = torch.autograd.grad(each[0], exact[:3], retain_graph=True, allow_unused=True)
-    truth, expected = sum(each), torch.autograd.grad(3 * sum(each), exact[:3])
-    off = 6e-3 if half else 1e-4
+    truth, expected, off = sum(each), torch.autograd.grad(3 * sum(each), exact[:3]), 6e-3 if half else 1e-4
     leaves = [x.requires_grad_() for x in leaves]
     loss_of = functools.partial(head_cross_entropy, skip_same_view=True, impl=impl, **TEMPS)
     for max_bytes in (512 * 2 ** 20, 1):                # all images at once, one at a time
@@ -659,7 +645,6 @@ def test_speed_and_memory_of_the_loss(capsys, request):
         boxes = random_boxes(10, B, size=200).to(DEVICE)
         geometry |= dict(student_boxes=boxes, teacher_boxes=boxes[:2])
         (z, weight, *_), image = inputs, torch.arange(B, device=DEVICE)[:, None]
-
         def linear(x, t, c, student_temp, teacher_temp, index, w):      # one target for both teacher views
             p = torch.softmax((t - c) / teacher_temp, -1).to(dtype)
             p = sum(w[:, q, ..., None].to(dtype) * p[q][image, index[:, q]] for q in range(2)).flatten(0, 2)
