@@ -62,6 +62,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ("--data-fraction 0.1 --batch-size 8 --workers 0 --epochs 1 --warmup-epochs 0 --local-views 1 --out-dim 16 "
          "--head-hidden 16 --eval-every 0")            # 30 steps, where learning is not the point
 needs_triton = pytest.mark.skipif(mk.triton is None, reason="no Triton here")
+each_impl = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 SIMULATED = "ttsem" in sys.modules      # python -m ttsem.sanitize pytest: tensors on the CPU say that they are on a GPU
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or one that ttsem simulates")
 needs_fake_gpu = pytest.mark.skipif(DEVICE == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
@@ -224,16 +225,13 @@ def test_similarity_match_is_the_argmax_of_the_cosine():
 
 # ------------------------------------------------------------------------------------------------ the loss
 
-each_impl = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
-
 def oracle(s, t, center, index=None, skip_same_view=False, student_boxes=None, teacher_boxes=None, student_grid=None,
            teacher_grid=None, hinge=True, weight=None):
     """The definition of the loss in float64. Matches by boxes are tested against brute force above."""
     if student_boxes is not None:
         index, weight = geometric_matches(student_boxes[:, None], teacher_boxes, student_grid, teacher_grid, hinge)
     else:
-        if index is None:
-            index = torch.zeros(len(s), len(t), *s.shape[1:3], dtype=torch.int64, device=s.device)
+        index = s.new_zeros(len(s), len(t), *s.shape[1:3], dtype=torch.int64) if index is None else index
         weight = (index >= 0) * (torch.ones(index.shape, device=s.device) if weight is None else weight)
     if skip_same_view:
         for v in range(min(weight.shape[:2])):
@@ -244,9 +242,8 @@ def oracle(s, t, center, index=None, skip_same_view=False, student_boxes=None, t
 def case(V=2, Q=2, B=1, s_grid=(2, 2), t_grid=(2, 2), K=37, seed=0):
     """Logits, a centre, boxes and grids. Few rows, since the interpreter takes some 20 ms for each."""
     g = torch.Generator().manual_seed(seed)
-    Ns, Nt = math.prod(s_grid), math.prod(t_grid)
-    tensors = (torch.randn(V, B, Ns, K, generator=g) / 2, torch.randn(Q, B, Nt, K, generator=g) / 4,
-               torch.randn(K, generator=g) / 4)
+    tensors = (torch.randn(V, B, math.prod(s_grid), K, generator=g) / 2,
+               torch.randn(Q, B, math.prod(t_grid), K, generator=g) / 4, torch.randn(K, generator=g) / 4)
     boxes = dict(student_boxes=random_boxes(V, B, seed=seed + 1, size=60).to(DEVICE), student_grid=s_grid,
                  teacher_boxes=random_boxes(Q, B, seed=seed + 2, size=60).to(DEVICE), teacher_grid=t_grid)
     return [x.to(DEVICE) for x in tensors], boxes
@@ -300,8 +297,7 @@ def test_nothing_matched_infinities_and_nans(impl):
     every, keep = boxes | dict(hinge=False), torch.arange(37, device=DEVICE) != 5
     loss, grad = loss_of(*(x.where(keep, -math.inf) for x in (s, t)), c, **every)
     without = loss_and_grad(s[..., keep], t[..., keep], c[keep], impl="torch", **every)
-    torch.testing.assert_close((loss, grad[..., keep]), without)
-    assert grad.isfinite().all()
+    torch.testing.assert_close((loss, grad[..., keep], grad[..., 5].sum().item()), (*without, 0.0))
     # a NaN of a matched row stays a NaN
     for which in (0, 1):
         broken = [s.clone(), t.clone()]
@@ -346,7 +342,6 @@ BAD_ARGUMENTS = [                       # of local_cross_entropy
     (dict(teacher_logits=torch.zeros(2, 3, 8, 37)), r"student_logits must be \(3, 3, 9, 37\).*got \(3, 2, 9, 37\)"),
     (dict(teacher_logits=torch.zeros(0, 2, 8, 37)), "Q = 0"),
     (dict(student_logits=torch.zeros(2, 9, 37)), "student_logits .* 4 axes"),
-    (dict(student_logits=torch.zeros(0, 2, 9, 37)), "V = 0"),
     (dict(student_boxes=np.ones((3, 2, 5))), r"student_boxes must be \(3, 2, 5\) .*got ndarray"),
     (dict(student_boxes=torch.zeros(3, 2, 5)), "student_boxes must be .* finite, with height and width above 0"),
     (dict(teacher_boxes=torch.full((2, 2, 5), math.nan)), "teacher_boxes must be .* finite"),
@@ -375,7 +370,6 @@ BAD_HEADS = [                           # of head_cross_entropy, with D = 5
     (dict(student_weight=torch.zeros(37, 4)), r"student_weight must be \(37, 5\).*\(37, 4\)"),
     (dict(student_weight=None), r"center must be \(5,\)"),
     (dict(teacher_weight=torch.zeros(30, 5)), r"teacher_weight must be \(37, 5\).*\(30, 5\)"),
-    (dict(teacher_z=torch.zeros(2, 1, 9, 5)), "student_z must be"),
     (dict(teacher_z=[torch.zeros(2, 2, 9, 5)]), "teacher_z"),
     (dict(student_z=[]), "student_z"),
     (dict(student_z=[torch.zeros(2, 2, 9, 5)], student_grid=[]), "one length"),
@@ -572,12 +566,11 @@ def test_second_derivatives_are_right_or_refused(impl):
     if impl == "torch":                 # of ready logits only
         loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, **options)
         assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
-    losses = [lambda x: head_cross_entropy(x, w, t, w, c, **options)]
-    losses += [lambda x: local_cross_entropy(x, t, c, **options)] if impl == "triton" else []
-    for loss_of, power in itertools.product(losses, (1, 2)):        # with power 2, the upstream gradient needs one
+    for weights in [(w, w)] + [(None, None)] * (impl == "triton"):  # the heads' loss, that of ready logits
         leaf = s.clone().requires_grad_()
-        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-            torch.autograd.grad(loss_of(leaf) ** power, leaf, create_graph=True)[0].sum().backward()
+        loss = head_cross_entropy(leaf, weights[0], t, weights[1], c, **options)
+        with pytest.raises(RuntimeError, match="once_differentiable"):      # squared: the upstream needs a gradient
+            torch.autograd.grad(loss ** 2, leaf, create_graph=True)[0].sum().backward()
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter")
@@ -732,8 +725,7 @@ compiled("index and weight", ("cuda", 90, 32))
 @needs_triton
 def test_kernels_compile_without_spills():
     """In a process of its own, since this one has the interpreter. Prints the figures of the README's table."""
-    environment = os.environ | dict(TRITON_INTERPRET="0")
-    assert subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=environment).returncode == 0
+    subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=os.environ | dict(TRITON_INTERPRET="0"), check=True)
 
 class NoLaunch(list):
     """In the place of a kernel: a list of the rows of each launch, which checks the devices and computes nothing."""
@@ -844,12 +836,12 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         with torch.autocast("cuda", torch.bfloat16):
             teacher_out, student_out = teacher(images[:1]), student(images)
         centers = torch.zeros(2, 1024)
+        loss = functools.partial(gld.distillation_loss, student_out, teacher_out, boxes=boxes, grids=grids,
+                                 teacher_temp=0.04)
         for matching in ("none", "similarity", "geometric"):
-            loss = functools.partial(gld.distillation_loss, student_out, teacher_out, boxes=boxes, teacher_temp=0.04,
-                                     grids=grids, matching=matching)
-            assert {(x.device, x.shape) for x in loss(centers=centers)} == {(device, ())}
+            assert {(x.device, x.shape) for x in loss(centers=centers, matching=matching)} == {(device, ())}
         with pytest.raises((RuntimeError, ValueError), match="cpu"):       # a tensor that was left behind is noticed
-            loss(centers=torch.zeros(2, 1024, device="cpu"))
+            loss(centers=torch.zeros(2, 1024, device="cpu"), matching="geometric")
         assert not hasattr(gld.diagnose(teacher_out, centers, boxes, grids, 0.04, cfg)["entropy"], "device")
         parameters = [p for p in student.parameters() if p.requires_grad]
         for p in parameters:
