@@ -317,8 +317,7 @@ def test_layouts_repetition_and_what_the_loss_leaves_alone(impl):
     loss_of, grad_of = functools.partial(local_cross_entropy, impl=impl, **TEMPS, **boxes), torch.autograd.grad
     leaves = [x.clone().requires_grad_() for x in (s, t, c)]
     loss, again = loss_of(*leaves), loss_of(*leaves)
-    upstream = torch.ones(1, device=DEVICE).expand(3)[0]
-    first, *none = grad_of(loss, leaves, upstream, retain_graph=True, allow_unused=True)
+    first, *none = grad_of(loss, leaves, torch.ones_like(loss), retain_graph=True, allow_unused=True)
     assert none == [None, None] and torch.equal(loss, again)
     assert all(torch.equal(grad_of(x, leaves[0])[0], first) for x in (loss, again))
     assert all(torch.equal(x, y) for x, y in zip(leaves, (s, t, c)))
@@ -444,8 +443,7 @@ def test_the_losses_of_dino_and_ibot(impl):
     index[[0, 1], [0, 1]] = torch.where(masked, torch.arange(4, device=DEVICE), -1)
     loss_of = functools.partial(local_cross_entropy, impl=impl, **TEMPS)
     torch.testing.assert_close(loss_of(s[:, :, :1], t[:, :, :1], c, skip_same_view=True), dino)
-    weight = (4 / count)[:, None].expand(2, 2, 2, 4)
-    torch.testing.assert_close(loss_of(s[:2], t, c, index=index, weight=weight), ibot)
+    torch.testing.assert_close(loss_of(s[:2], t, c, index=index, weight=(4 / count)[:, None].expand(2, 2, 2, 4)), ibot)
     # gld.py without matching: DINO's loss, the mean over its 6 pairs
     outputs = (gld.Outputs(x[:, :, :1], [], [], torch.eye(19, device=DEVICE), None) for x in (s, t))
     loss, image_loss, patch_loss = gld.distillation_loss(*outputs, c[None], None, [], teacher_temp=0.04,
@@ -549,9 +547,8 @@ def test_head_loss_equals_the_definition(impl, matches):
         assert found[3:] == (None, None, None)
         errors = [((mine - wanted).norm() / wanted.norm()).item() for mine, wanted in zip(found, expected)]
         print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", errors)
-        # an error of the loss averages out, but not over the few rows of whole images
-        assert abs(loss.item() / truth.item() - 1) < (1e-3 if half and matches == "single" else 2e-5)
-        assert max(errors) < off
+        most = 1e-3 if half and matches == "single" else 2e-5          # errors average out, but not over few rows
+        assert abs(loss.item() / truth.item() - 1) < most and max(errors) < off
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             torch.testing.assert_close(loss_of(leaves[:2], *leaves[2:], max_bytes=max_bytes, **together), loss)
     for which in (0, 2):                # a single tensor; only one of the two needs a gradient
