@@ -30,7 +30,6 @@ import threading
 import time
 import warnings
 import weakref
-from itertools import groupby
 from pathlib import Path
 from unittest import mock
 
@@ -63,6 +62,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ("--data-fraction 0.1 --batch-size 8 --workers 0 --epochs 1 --warmup-epochs 0 --local-views 1 --out-dim 16 "
          "--head-hidden 16 --eval-every 0")            # 30 steps, where learning is not the point
 needs_triton = pytest.mark.skipif(mk.triton is None, reason="no Triton here")
+each_impl = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 SIMULATED = "ttsem" in sys.modules      # python -m ttsem.sanitize pytest: tensors on the CPU say that they are on a GPU
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or one that ttsem simulates")
 needs_fake_gpu = pytest.mark.skipif(DEVICE == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
@@ -196,22 +196,15 @@ def test_geometric_match_equals_brute_force(s_grid, t_grid):
     assert index.dtype == torch.int64 and weight.dtype == torch.float32 and (ones == 1).all()
     halfdiag2 = [(b[:, 2].double() / g[0] / 2) ** 2 + (b[:, 3].double() / g[1] / 2) ** 2
                  for b, g in ((student, s_grid), (teacher, t_grid))]
-    limit = torch.maximum(*halfdiag2)
-    for i in range(60):
+    for i, limit in enumerate(torch.maximum(*halfdiag2)):
         dist2 = torch.cdist(midpoints(student[i], s_grid), midpoints(teacher[i], t_grid)).square()
-        nearest, argmin = dist2.min(1)
-        chosen = dist2.gather(1, index[i][:, None])[:, 0]
-        torch.testing.assert_close(chosen, nearest, rtol=1e-6, atol=1e-6)
-        two = dist2.topk(min(2, dist2.shape[1]), largest=False)[0]
-        clear = two[:, -1] - two[:, 0] > 1e-6 if dist2.shape[1] > 1 else torch.ones(len(dist2), dtype=bool)
-        assert (index[i] == argmin)[clear].all()
-        assert ((nearest < limit[i]) == (weight[i] > 0))[(nearest - limit[i]).abs() > 1e-6].all()
+        nearest = dist2.amin(1)
+        torch.testing.assert_close(dist2.gather(1, index[i][:, None])[:, 0], nearest, rtol=0, atol=1e-6)
+        assert ((nearest < limit) == (weight[i] > 0))[(nearest - limit).abs() > 1e-6].all()
     if t_grid == (7, 7) and s_grid != (1, 1):
         assert 0 < weight.mean() < 1
 
 def test_ties_go_to_the_lower_and_right_cell_and_leading_shapes_broadcast():
-    box = torch.tensor([10.0, 20, 60, 60, 0])
-    assert geometric_matches(box, box, (1, 1), (2, 2))[0].tolist() == [3]
     for size in range(1, 600, 7):       # thirds, sevenths: an exact tie stays one in floating point
         box = torch.tensor([5.0, 3, size, size, 0])
         assert geometric_matches(box, box, (3, 3), (6, 6))[0].tolist() == [7, 9, 11, 19, 21, 23, 31, 33, 35]
@@ -224,212 +217,195 @@ def test_ties_go_to_the_lower_and_right_cell_and_leading_shapes_broadcast():
 def test_similarity_match_is_the_argmax_of_the_cosine():
     g = torch.Generator().manual_seed(0)
     s, t = torch.randn(3, 1, 2, 5, 8, generator=g), torch.randn(1, 2, 2, 7, 8, generator=g)
-    index = similarity_matches(s, 10 * t * torch.rand(7, 1, generator=g))
-    assert index.shape == (3, 2, 2, 5)
+    cosine = F.cosine_similarity(s[..., :, None, :], t[..., None, :, :], dim=-1)
+    assert torch.equal(similarity_matches(s, 10 * t * torch.rand(7, 1, generator=g)), cosine.argmax(-1))
     close = F.normalize(torch.ones(64) + torch.randn(1, 1, 50, 64, generator=g) / 50, dim=-1)
     with torch.autocast("cpu", torch.bfloat16):         # in 16 bits, close features would be one
         assert torch.equal(similarity_matches(close, close)[0, 0], torch.arange(50))
-    for v, q, b, n in np.ndindex(3, 2, 2, 5):
-        assert index[v, q, b, n] == F.cosine_similarity(s[v, 0, b, n][None], t[0, q, b], dim=1).argmax()
-    with pytest.raises(RuntimeError, match="5x8 and 9x7"):
-        similarity_matches(torch.zeros(5, 8), torch.zeros(7, 9))
 
 # ------------------------------------------------------------------------------------------------ the loss
 
 def oracle(s, t, center, index=None, skip_same_view=False, student_boxes=None, teacher_boxes=None, student_grid=None,
-           teacher_grid=None, hinge=True, weight=None, **temps):
+           teacher_grid=None, hinge=True, weight=None):
     """The definition of the loss in float64. Matches by boxes are tested against brute force above."""
     if student_boxes is not None:
         index, weight = geometric_matches(student_boxes[:, None], teacher_boxes, student_grid, teacher_grid, hinge)
     else:
-        if index is None:
-            index = torch.zeros(len(s), len(t), *s.shape[1:3], dtype=torch.int64, device=s.device)
+        index = s.new_zeros(len(s), len(t), *s.shape[1:3], dtype=torch.int64) if index is None else index
         weight = (index >= 0) * (torch.ones(index.shape, device=s.device) if weight is None else weight)
     if skip_same_view:
         for v in range(min(weight.shape[:2])):
             weight[v, v] = 0
     return reference_cross_entropy(s.double(), t.double(), center.double(), index=index.long().clamp(min=0),
-                                   weight=weight.double(), **TEMPS | temps)
+                                   weight=weight.double(), **TEMPS)
 
-def case(V=3, Q=2, B=2, s_grid=(3, 3), t_grid=(4, 2), K=37, seed=0):
-    """Logits and a centre, and boxes with grids, on the device."""
+def case(V=2, Q=2, B=1, s_grid=(2, 2), t_grid=(2, 2), K=37, seed=0):
+    """Logits, a centre, boxes and grids. Few rows, since the interpreter takes some 20 ms for each."""
     g = torch.Generator().manual_seed(seed)
-    Ns, Nt = math.prod(s_grid), math.prod(t_grid)
-    tensors = (torch.randn(V, B, Ns, K, generator=g) / 2, torch.randn(Q, B, Nt, K, generator=g) / 4,
-               torch.randn(K, generator=g) / 4)
+    tensors = (torch.randn(V, B, math.prod(s_grid), K, generator=g) / 2,
+               torch.randn(Q, B, math.prod(t_grid), K, generator=g) / 4, torch.randn(K, generator=g) / 4)
     boxes = dict(student_boxes=random_boxes(V, B, seed=seed + 1, size=60).to(DEVICE), student_grid=s_grid,
                  teacher_boxes=random_boxes(Q, B, seed=seed + 2, size=60).to(DEVICE), teacher_grid=t_grid)
     return [x.to(DEVICE) for x in tensors], boxes
 
+def loss_and_grad(s, t, center, upstream=1.0, **options):
+    """Of local_cross_entropy, with the gradient of upstream * loss with respect to the student's logits."""
+    leaf = s.detach().clone().requires_grad_()
+    loss = local_cross_entropy(leaf, t, center, **TEMPS, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf, torch.tensor(upstream, device=s.device, dtype=loss.dtype))[0]
+
 @pytest.mark.parametrize("hinge,skip", [(True, False), (True, True), (False, True)])
-def test_loss_and_gradient_equal_the_definition(hinge, skip):
-    (s, t, c), boxes = case()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_loss_and_gradient_equal_the_definition(hinge, skip, dtype):
+    (s, t, c), boxes = case(V=3, B=2, s_grid=(3, 3), t_grid=(4, 2))
+    s, t = s.to(dtype), t.to(dtype)
     g = torch.Generator().manual_seed(0)
     index = torch.randint(-1, 8, (3, 2, 2, 9), generator=g).to(DEVICE)
     weight = (300 * torch.rand(3, 2, 2, 9, generator=g) - 50).clamp(min=0).to(DEVICE)
     for match_args in (boxes | dict(hinge=hinge), dict(index=index), dict(index=index, weight=weight)):
-        a, b = s.clone().requires_grad_(), s.double().requires_grad_()
-        loss = local_cross_entropy(a, t, c, skip_same_view=skip, impl="torch", **TEMPS, **match_args)
-        truth = oracle(b, t, c, skip_same_view=skip, **match_args)
+        loss, grad = loss_and_grad(s, t, c, upstream=3.0, skip_same_view=skip, impl="torch", **match_args)
+        assert loss.dtype == torch.promote_types(dtype, torch.float32) and grad.dtype == dtype
+        exact = s.double().requires_grad_()
+        truth = oracle(exact, t, c, skip_same_view=skip, **match_args)
         torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
-        found, expected = torch.autograd.grad(3 * loss, a)[0].double(), torch.autograd.grad(3 * truth, b)[0]
-        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-        with torch.no_grad():
-            again = local_cross_entropy(s, t, c, skip_same_view=skip, impl="torch", **TEMPS, **match_args)
-        assert torch.equal(again, loss)
+        wanted = torch.autograd.grad(3 * truth, exact)[0]
+        assert (grad - wanted).abs().max() < (1e-5 + torch.finfo(dtype).eps / 2) * wanted.abs().max()
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+@each_impl
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nothing_matched_infinities_and_nans(impl):
-    (s, t, c), boxes = case(V=2, B=1, s_grid=(2, 2), t_grid=(2, 2))
-    loss = functools.partial(local_cross_entropy, impl=impl, **TEMPS)
-    leaf = s.clone().requires_grad_()
+    (s, t, c), boxes = case()
+    loss_of = functools.partial(loss_and_grad, impl=impl)
     far_away = boxes["teacher_boxes"] + torch.tensor([1e4, 1e4, 0, 0, 0], device=DEVICE)
     for nothing in (boxes | dict(teacher_boxes=far_away), dict(index=torch.full((2, 2, 1, 4), -1, device=DEVICE))):
-        found = loss(leaf, t, c, **nothing)
-        assert found == 0 and (torch.autograd.grad(found, leaf)[0] == 0).all()
-    none = leaf[:, :0]                                  # no images
-    found = loss(none, t[:, :0], c, index=torch.zeros(2, 2, 0, 4, dtype=torch.int64, device=DEVICE))
-    assert found == 0 and torch.autograd.grad(found, none)[0].shape == none.shape
-    z, w = torch.zeros(2, 1, 0, 5, device=DEVICE), torch.zeros(37, 5, device=DEVICE)        # a view without patches
-    empty = torch.zeros(2, 2, 1, 0, dtype=torch.int64, device=DEVICE)
-    assert head_cross_entropy(z, w, z.new_zeros(2, 1, 4, 5), w, c, index=empty, impl=impl, **TEMPS) == 0
-    views = [s, s[:0, :, :1]]                           # no local views
-    assert torch.equal(loss(views, t, c, **boxes | dict(student_grid=[(2, 2), (1, 1)])), loss(s, t, c, **boxes))
-    single = s[:, :, :1].clone().requires_grad_()
-    assert loss(single[:1], t[:1, :, :1], c, skip_same_view=True) == 0      # no pair is left
+        loss, grad = loss_of(s, t, c, **nothing)
+        assert loss == 0 and (grad == 0).all()
+    empty = torch.zeros(2, 2, 0, 4, dtype=torch.int64, device=DEVICE)
+    loss, grad = loss_of(s[:, :0], t[:, :0], c, index=empty)        # no images
+    assert loss == 0 and grad.shape == (2, 0, 4, 37)
+    w = torch.eye(37, device=DEVICE)                                # a view without patches
+    assert head_cross_entropy(s[:, :, :0], w, t, w, c, index=empty.view(2, 2, 1, 0), impl=impl, **TEMPS) == 0
+    matching = boxes | dict(student_grid=[(2, 2), (1, 1)])          # no local views
+    found = local_cross_entropy([s, s[:0, :, :1]], t, c, impl=impl, **TEMPS, **matching)
+    assert torch.equal(found, loss_of(s, t, c, **boxes)[0])
+    assert loss_of(s[:1, :, :1], t[:1, :, :1], c, skip_same_view=True)[0] == 0      # no pair is left
     # a loss that rounds to 0 has a gradient
-    sure = torch.tensor([5.0, 0], device=DEVICE).expand(1, 1, 1, 2).contiguous().requires_grad_()
-    grad = torch.autograd.grad(loss(sure, sure, torch.zeros(2, device=DEVICE)), sure)[0]
+    sure = torch.tensor([5.0, 0], device=DEVICE).expand(1, 1, 1, 2)
+    grad = loss_of(sure, sure, torch.zeros(2, device=DEVICE))[1]
     torch.testing.assert_close(grad[0, 0, 0, 1].item(), 10 * math.exp(-50), rtol=1e-3, atol=0)
     # a prototype that student and teacher give -inf adds nothing
     every, keep = boxes | dict(hinge=False), torch.arange(37, device=DEVICE) != 5
-    masked = [x.clone() for x in (s, t)]
-    masked[0][..., 5] = masked[1][..., 5] = -math.inf
-    masked[0].requires_grad_()
-    found = loss(*masked, c, **every)
-    without = local_cross_entropy(s[..., keep], t[..., keep], c[keep], impl="torch", **TEMPS, **every)
-    torch.testing.assert_close(found, without)
-    assert torch.autograd.grad(found, masked[0])[0].isfinite().all()
+    loss, grad = loss_of(*(x.where(keep, -math.inf) for x in (s, t)), c, **every)
+    without = loss_and_grad(s[..., keep], t[..., keep], c[keep], impl="torch", **every)
+    torch.testing.assert_close((loss, grad[..., keep], grad[..., 5].sum().item()), (*without, 0.0))
     # a NaN of a matched row stays a NaN
     for which in (0, 1):
         broken = [s.clone(), t.clone()]
         broken[which][0, 0, :, 3] = math.nan
-        leaf = broken[0].requires_grad_()
-        found = loss(leaf, broken[1], c, **every)
-        assert found.isnan() and torch.autograd.grad(found, leaf)[0].isnan().any()
-    assert loss(torch.full_like(s, -math.inf), t, c, **every).isnan()
+        loss, grad = loss_of(*broken, c, **every)
+        assert loss.isnan() and grad.isnan().any()
+    assert loss_of(torch.full_like(s, -math.inf), t, c, **every)[0].isnan()
     # a NaN of a masked row, and of a teacher row that only masked rows point to, is ignored
     index = torch.tensor([-1, 1, 0, 1], device=DEVICE).expand(2, 2, 1, 4)
     broken = [s.clone(), t.clone()]
     broken[0][:, :, 0] = broken[1][:, :, 2:] = math.nan
-    leaf, plain = broken[0].requires_grad_(), s.clone().requires_grad_()
-    found, expected = loss(leaf, broken[1], c, index=index), loss(plain, t, c, index=index)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(x, y)[0] for x, y in ((found, leaf), (expected, plain))))
+    torch.testing.assert_close(loss_of(*broken, c, index=index), loss_of(s, t, c, index=index))
 
-def test_loss_dtypes_gradient_flow_and_repeated_backward():
-    (s, t, c), boxes = case()
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        leaf = s.to(dtype).requires_grad_()
-        loss = local_cross_entropy(leaf, t.to(dtype), c, impl="torch", **TEMPS, **boxes)
-        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.autograd.grad(loss, leaf)[0].dtype == dtype
-        torch.testing.assert_close(loss.double(), oracle(leaf, t.to(dtype), c, **boxes), rtol=1e-5, atol=0)
+@each_impl
+def test_layouts_repetition_and_what_the_loss_leaves_alone(impl):
+    (s, t, c), boxes = case(seed=6)
+    loss_of, grad_of = functools.partial(local_cross_entropy, impl=impl, **TEMPS, **boxes), torch.autograd.grad
     leaves = [x.clone().requires_grad_() for x in (s, t, c)]
-    before = [x.detach().clone() for x in leaves]
-    loss = local_cross_entropy(*leaves, impl="torch", **TEMPS, **boxes)
-    first, *none = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-    assert none == [None, None]
-    assert torch.equal(torch.autograd.grad(loss, leaves[0])[0], first)
-    compiled = torch.compile(functools.partial(local_cross_entropy, impl="torch", **TEMPS, **boxes), backend="eager",
-                             fullgraph=True)
-    assert torch.equal(torch.autograd.grad(compiled(*leaves), leaves[0])[0], first)
-    assert all(torch.equal(x, y) for x, y in zip(leaves, before))
+    loss, again = loss_of(*leaves), loss_of(*leaves)
+    first, *none = grad_of(loss, leaves, torch.ones_like(loss), retain_graph=True, allow_unused=True)
+    assert none == [None, None] and torch.equal(loss, again)
+    assert all(torch.equal(grad_of(x, leaves[0])[0], first) for x in (loss, again))
+    assert all(torch.equal(x, y) for x, y in zip(leaves, (s, t, c)))
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(loss_of(s, t, c), loss)
+    wide = torch.zeros(2, 4, 1, 50, device=DEVICE)      # another order of the axes, and a slice
+    wide[..., 3:40] = s.transpose(1, 2)
+    shared = t[:1].expand(2, -1, -1, -1)
+    other = loss_of(wide.requires_grad_()[..., 3:40].transpose(1, 2), shared, c)
+    expected, grad = loss_and_grad(s, shared, c, impl="torch", **boxes)
+    torch.testing.assert_close(other, expected)
+    torch.testing.assert_close(grad_of(other, wide)[0][..., 3:40].transpose(1, 2), grad, rtol=1e-5, atol=1e-7)
+    if not SIMULATED:                   # torch.compile asks for a driver
+        compiled = torch.compile(lambda *x: 2 * loss_of(*x), backend="eager", fullgraph=impl == "torch")(*leaves)
+        assert torch.equal(compiled, 2 * loss) and torch.equal(grad_of(compiled, leaves[0])[0], 2 * first)
 
-BAD_ARGUMENTS = [
-    (dict(teacher=torch.zeros(2, 2, 8, 36)), r"center must be \(36,\).*got \(37,\)"),
-    (dict(teacher=torch.zeros(2, 3, 8, 37)), r"student_logits must be \(3, 3, 9, 37\).*got \(3, 2, 9, 37\)"),
-    (dict(student=torch.zeros(2, 9, 37)), "student_logits .* 4 axes"),
-    (dict(student=torch.zeros(0, 2, 9, 37)), "V = 0"),
-    (dict(center=torch.zeros(36)), r"center must be \(37,\).*got \(36,\)"),
-    (dict(center=None), "center must be .*NoneType"),
-    (dict(student_boxes=torch.zeros(3, 2, 4)), r"student_boxes must be \(3, 2, 5\).*got \(3, 2, 4\)"),
-    (dict(student_boxes=np.ones((3, 2, 5))), "student_boxes.*ndarray"),
+BY_INDEX = dict(student_boxes=None, student_grid=None, teacher_boxes=None, teacher_grid=None,
+                index=torch.zeros(3, 2, 2, 9).long())
+BAD_ARGUMENTS = [                       # of local_cross_entropy
+    (dict(teacher_logits=torch.zeros(2, 2, 8, 36)), r"center must be \(36,\).*got \(37,\)"),
+    (dict(teacher_logits=torch.zeros(2, 3, 8, 37)), r"student_logits must be \(3, 3, 9, 37\).*got \(3, 2, 9, 37\)"),
+    (dict(teacher_logits=torch.zeros(0, 2, 8, 37)), "Q = 0"),
+    (dict(student_logits=torch.zeros(2, 9, 37)), "student_logits .* 4 axes"),
+    (dict(student_boxes=np.ones((3, 2, 5))), r"student_boxes must be \(3, 2, 5\) .*got ndarray"),
     (dict(student_boxes=torch.zeros(3, 2, 5)), "student_boxes must be .* finite, with height and width above 0"),
     (dict(teacher_boxes=torch.full((2, 2, 5), math.nan)), "teacher_boxes must be .* finite"),
     (dict(teacher_boxes=None), "teacher_boxes must be .*NoneType"),
-    (dict(student_boxes=None), "student_boxes must be .*NoneType"),
-    (dict(student_boxes=None, student_grid=None, teacher_boxes=None, index=torch.zeros(3, 2, 2, 9).long()),
-     "give boxes or an index"),
-    (dict(weight=torch.ones(3, 2, 2, 9)), "weight needs index"),
-    (dict(max_bytes="x"), "max_bytes must be > 0, got 'x'"),
-    (dict(max_bytes=-5), "max_bytes must be > 0, got -5"),
-    (dict(teacher_temp=math.nan), "teacher_temp must be > 0, got nan"),
     (dict(student_grid=(3, 4)), r"student_grid must be .* 9 patches, got \(3, 4\)"),
     (dict(student_grid=(1.8, 5)), "student_grid"),
     (dict(teacher_grid=None), "teacher_grid .* got None"),
-    (dict(teacher=torch.zeros(0, 2, 8, 37)), "Q = 0|teacher_boxes"),
-    (dict(index=torch.zeros(3, 2, 2, 9, dtype=torch.int64)), "boxes or an index"),
+    (dict(index=BY_INDEX["index"]), "boxes or an index"),
+    (dict(weight=torch.ones(3, 2, 2, 9)), "weight needs index"),
+    (dict(max_bytes="x"), "max_bytes must be > 0, got 'x'"),
     (dict(student_temp=0), "student_temp must be > 0, got 0"),
+    (dict(teacher_temp=math.nan), "teacher_temp must be > 0, got nan"),
     (dict(impl="fast"), "fast"),
+    (dict(impl="triton", student_logits=torch.zeros(3, 2, 9, 37).double()), "no float64"),
+    (BY_INDEX | dict(index=None), "which patches match"),
+    (BY_INDEX | dict(index=torch.zeros(3, 2, 9).long()), "index must be"),
+    (BY_INDEX | dict(index=torch.zeros(3, 2, 2, 9)), "integers"),
+    (BY_INDEX | dict(index=torch.zeros(3, 2, 2, 9, dtype=torch.bool)), "integers"),
+    (BY_INDEX | dict(index=torch.full((3, 2, 2, 9), 8)), r"index must be in \[0, 8\)"),
+    (BY_INDEX | dict(index=torch.full((3, 2, 2, 9), -2)), r"index must be in \[0, 8\), or -1"),
+    (BY_INDEX | dict(weight=torch.zeros(2)), r"weight must be \(3, 2, 2, 9\)"),
+    (BY_INDEX | dict(weight=torch.full((3, 2, 2, 9), -1.0)), "weight must be .* >= 0"),
+    (BY_INDEX | dict(weight=torch.full((3, 2, 2, 9), math.inf)), "weight must be finite"),
+]
+BAD_HEADS = [                           # of head_cross_entropy, with D = 5
+    (dict(student_weight=torch.zeros(37, 4)), r"student_weight must be \(37, 5\).*\(37, 4\)"),
+    (dict(student_weight=None), r"center must be \(5,\)"),
+    (dict(teacher_weight=torch.zeros(30, 5)), r"teacher_weight must be \(37, 5\).*\(30, 5\)"),
+    (dict(teacher_z=[torch.zeros(2, 2, 9, 5)]), "teacher_z"),
+    (dict(student_z=[]), "student_z"),
+    (dict(student_z=[torch.zeros(2, 2, 9, 5)], student_grid=[]), "one length"),
+    (dict(student_z=[torch.zeros(2, 2, 9, 5)] * 2, index=torch.zeros(2, 2, 2, 9).long()), "index must be"),
 ]
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="values are checked on the CPU")
-def test_loss_refuses_what_does_not_fit():
-    (s, t, c), boxes = case()
-    for change, words in BAD_ARGUMENTS:
-        arguments = dict(student=s, teacher=t, center=c, **boxes, **TEMPS) | change
-        with pytest.raises(ValueError, match=words):
-            local_cross_entropy(arguments.pop("student"), arguments.pop("teacher"), **arguments)
-    index = torch.zeros(3, 2, 2, 9).long()
-    for match_args, words in (({}, "which patches match"), (dict(index=torch.zeros(3, 2, 9).long()), "index must be"),
-                              (dict(index=torch.zeros(3, 2, 2, 9)), "integers"),
-                              (dict(index=torch.zeros(3, 2, 2, 9, dtype=torch.bool)), "integers"),
-                              (dict(index=torch.full((3, 2, 2, 9), 8)), r"index must be in \[0, 8\)"),
-                              (dict(index=torch.full((3, 2, 2, 9), -2)), r"index must be in \[0, 8\), or -1"),
-                              (dict(weight=torch.zeros(2), index=index), r"weight must be \(3, 2, 2, 9\)"),
-                              (dict(weight=index - 1.0, index=index), "weight must be .* >= 0"),
-                              (dict(weight=index / 0.0, index=index), "weight must be finite")):
-        for impl in ("torch", "auto") + (("triton",) if mk.triton else ()):
-            with pytest.raises(ValueError, match=words):
-                local_cross_entropy(s, t, c, impl=impl, **match_args, **TEMPS)
-    with pytest.raises(TypeError, match=r"_cross_entropy\(\) got .* 'student_box'"):
-        local_cross_entropy(s, t, c, student_box=1, **TEMPS)
-    z, w = torch.randn(2, 2, 9, 5), torch.randn(37, 5)
-    heads = dict(student_weight=w, teacher_z=torch.randn(2, 2, 9, 5), teacher_weight=w, center=torch.zeros(37), **TEMPS)
-    for change, words in ((dict(student_weight=w[:, :4]), r"student_weight must be \(37, 5\).*\(37, 4\)"),
-                          (dict(teacher_weight=w[:30]), r"teacher_weight must be \(37, 5\).*\(30, 5\)"),
-                          (dict(teacher_weight=None), "teacher_weight .*NoneType"),
-                          (dict(student_weight=None), r"center must be \(5,\)"),
-                          (dict(teacher_z=torch.randn(2, 1, 9, 5)), "student_z must be"),
-                          (dict(teacher_z=[z]), "teacher_z"), (dict(student_z=None), "student_z"),
-                          (dict(student_z=[]), "student_z"), (dict(student_z=[z], student_grid=[]), "one length"),
-                          (dict(student_z=[z, z], index=torch.zeros(2, 2, 2, 9).long()), "index must be")):
-        with pytest.raises(ValueError, match=words):
-            head_cross_entropy(**dict(student_z=z, **heads) | change)
-    with FakeTensorMode():              # the values of fake boxes cannot be looked at
-        geometric_matches(torch.zeros(3, 5), torch.zeros(3, 5), (2, 2), (2, 2))
+def test_loss_refuses_what_does_not_fit(monkeypatch):
+    (s, t, c), boxes = case(V=3, B=2, s_grid=(3, 3), t_grid=(4, 2))
+    z, w = torch.zeros(2, 2, 9, 5), torch.zeros(37, 5)
+    logits = dict(student_logits=s, teacher_logits=t, center=c, **boxes, **TEMPS)
+    head = dict(student_z=z, student_weight=w, teacher_z=z, teacher_weight=w, center=c, **TEMPS)
+    for impl in ("torch", "auto") + (("triton",) if mk.triton else ()):
+        for function, arguments, bad in ((local_cross_entropy, logits, BAD_ARGUMENTS),
+                                         (head_cross_entropy, head, BAD_HEADS)):
+            for change, words in bad:
+                with pytest.raises(ValueError, match=words):
+                    function(**arguments | dict(impl=impl) | change)
+    monkeypatch.setattr(mk, "INTERPRETED", False, raising=False)
+    local_cross_entropy(**logits, impl="auto")
+    with pytest.raises(ValueError, match="impl='triton' needs"):
+        local_cross_entropy(**logits, impl="triton")
 
-def golden(name):
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"no recorded outputs {path}")
-    with np.load(path) as file:
-        return {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "fib" else str(file[k]) for k in file.files}
-
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+@each_impl
 @pytest.mark.parametrize("name", ["distance_hinge.npz", "distance_nohinge.npz", "similarity.npz"])
 def test_recorded_outputs_of_the_official_loss(name, impl):
     """The whole loss of gld.py: last layers that are the identity turn its bottlenecks into the given logits."""
-    if impl == "triton" and DEVICE == "cuda":
-        pytest.skip("heads are float16 on a GPU; in the interpreter they are float32")
-    g = golden(name)
+    if impl == "triton" and (DEVICE == "cuda" or name == "distance_nohinge.npz"):
+        pytest.skip("heads are float16 on a GPU, float32 in the interpreter; without hinge, matches are an index, too")
+    if not (GOLDEN / name).exists():
+        pytest.skip(f"no recorded outputs {GOLDEN / name}")
+    with np.load(GOLDEN / name) as file:
+        g = {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "fib" else str(file[k]) for k in file.files}
     boxes = torch.cat([g["boxes"].float(), g["flips"][..., None].float()], -1)
-    (V, B), K, grids = boxes.shape[:2], g["student_patch"].shape[1], g["grids"].tolist()
+    (V, B), K = boxes.shape[:2], g["student_patch"].shape[1]
     s_patch, s_cls = (g[k].clone().requires_grad_() for k in ("student_patch", "student_cls"))
-    views = [(len(list(same)), side) for side, same in groupby(grids)]
-
+    views = [(len(list(same)), side) for side, same in itertools.groupby(g["grids"].tolist())]
     def split(x):
         parts = x.split([v * B * side ** 2 for v, side in views])
         return [part.view(v, B, side ** 2, -1) for part, (v, side) in zip(parts, views)]
@@ -452,80 +428,63 @@ def test_recorded_outputs_of_the_official_loss(name, impl):
     centers.lerp_(gld.mean_logits(teacher), 1 - gld.CENTER_MOMENTUM)
     torch.testing.assert_close(centers, torch.cat([g["new_center_cls"], g["new_center_patch"]]), rtol=1e-4, atol=1e-6)
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+@each_impl
 def test_the_losses_of_dino_and_ibot(impl):
     """DINO's of whole images. iBOT's: patches masked in the student, in the same position, the mean in each image."""
-    (s, t, c), _ = small_case(V=4, B=2, K=19)
+    (s, t, c), _ = case(V=4, B=2, K=19)
     masked = torch.rand(2, 2, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.5
     masked[0, 0] = False                                # (v, B, Ns); an image without any
     count = masked.sum(-1, keepdim=True).clamp(min=1)
 
-    def cross_entropy(v, q):                            # (B, Ns)
-        return -(torch.softmax((t[q] - c) / 0.04, -1) * torch.log_softmax(s[v] / 0.1, -1)).sum(-1)
-
-    dino = sum(cross_entropy(v, q)[:, 0].mean() for v, q in np.ndindex(4, 2) if v != q)
-    ibot = sum((cross_entropy(v, v) * masked[v] / count[v]).sum(-1).mean() for v in range(2))
+    cross_entropy = -(torch.softmax((t - c) / 0.04, -1) * torch.log_softmax(s[:2] / 0.1, -1)).sum(-1)   # of v = q
+    ibot = (cross_entropy * masked / count).sum(-1).mean(1).sum()
+    dino = oracle(s[:, :, :1], t[:, :, :1], c, skip_same_view=True).float()
     index = torch.full((2, 2, 2, 4), -1, device=DEVICE)
-    for v in range(2):
-        index[v, v] = torch.where(masked[v], torch.arange(4, device=DEVICE), -1)
+    index[[0, 1], [0, 1]] = torch.where(masked, torch.arange(4, device=DEVICE), -1)
     loss_of = functools.partial(local_cross_entropy, impl=impl, **TEMPS)
     torch.testing.assert_close(loss_of(s[:, :, :1], t[:, :, :1], c, skip_same_view=True), dino)
-    weight = (4 / count)[:, None].expand(2, 2, 2, 4)
-    torch.testing.assert_close(loss_of(s[:2], t, c, index=index, weight=weight), ibot)
-
-def test_without_matching_the_loss_is_dinos():
-    (s, t, c), _ = case(V=4, s_grid=(1, 1), t_grid=(1, 1))
-    eye = torch.eye(37, device=DEVICE)
-    loss, image_loss, patch_loss = gld.distillation_loss(
-        gld.Outputs(s, [], [], eye, None), gld.Outputs(t, [], [], eye, None), c[None], None, [], teacher_temp=0.04,
-        matching="none", impl="torch")
-    torch.testing.assert_close(loss, oracle(s, t, c, skip_same_view=True).float() / 6)
+    torch.testing.assert_close(loss_of(s[:2], t, c, index=index, weight=(4 / count)[:, None].expand(2, 2, 2, 4)), ibot)
+    # gld.py without matching: DINO's loss, the mean over its 6 pairs
+    outputs = (gld.Outputs(x[:, :, :1], [], [], torch.eye(19, device=DEVICE), None) for x in (s, t))
+    loss, image_loss, patch_loss = gld.distillation_loss(*outputs, c[None], None, [], teacher_temp=0.04,
+                                                         matching="none", impl="torch")
+    torch.testing.assert_close(loss, dino / 6)
     assert loss == image_loss and patch_loss == 0
 
 # ------------------------------------------------------------------------------------------------ Triton kernels
 
 def check_triton(s, t, c, match_args, upstream=1.0, skip=False):
     """Errors of Triton's loss and gradient against float64: plain torch's and a rounding are allowed, no more."""
-    exact = s.detach().double().requires_grad_()
+    exact = s.double().requires_grad_()
     truth = oracle(exact, t, c, skip_same_view=skip, **match_args)
-    truth_grad = torch.autograd.grad(truth, exact)[0] * upstream
-    errors = {}
-    for impl in ("torch", "triton"):
-        leaf = s.detach().clone().requires_grad_()
-        loss = local_cross_entropy(leaf, t, c, skip_same_view=skip, impl=impl, **TEMPS, **match_args)
-        grad = torch.autograd.grad(loss, leaf, torch.tensor(float(upstream), device=loss.device))[0]
-        assert grad.dtype == s.dtype and grad.shape == s.shape and loss.dtype == torch.float32
-        errors[impl] = abs(loss.item() - truth.item()), (grad.double() - truth_grad).abs().max().item()
+    wanted = truth.detach(), torch.autograd.grad(truth, exact)[0] * upstream
+    torchs, mine = (loss_and_grad(s, t, c, upstream, skip_same_view=skip, impl=impl, **match_args)
+                    for impl in ("torch", "triton"))
+    assert mine[0].dtype == torch.float32 and mine[1].dtype == s.dtype and mine[1].shape == s.shape
     # 16 bits: probabilities are stored to 2^-11; bfloat16 gradients are rounded when stored, and when scaled
     rounding = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[t.dtype]
-    sizes = truth.abs().item(), truth_grad.abs().max().item()
-    for mine, torchs, size in zip(errors["triton"], errors["torch"], sizes):
-        assert mine <= 1.1 * torchs + rounding * size, (errors, sizes)
-
-def small_case(**change):
-    """Few rows, since the interpreter takes some 20 ms for each."""
-    return case(**dict(V=2, B=1, s_grid=(2, 2), t_grid=(2, 2)) | change)
+    for exact, torchs, mine in zip(wanted, torchs, mine):
+        error, allowed = ((x.double() - exact).abs().max() for x in (mine, torchs))
+        assert error <= 1.1 * allowed + rounding * exact.abs().max(), (error, allowed)
 
 @needs_triton
-@pytest.mark.parametrize("K,dtype", [(1, torch.float32), (127, torch.float16), (1000, torch.float32),
-                                     (4097, torch.float32), (4097, torch.float16)]
-                         + [(65537, torch.float32), (65536, torch.bfloat16)] * (DEVICE == "cuda"))
-def test_triton_error_is_no_worse_than_torchs(K, dtype):
-    (s, t, c), boxes = small_case(K=K, seed=K)
-    check_triton(s.to(dtype), t.to(dtype), c, boxes, upstream=2.0, skip=True)
-
-@needs_triton
-@pytest.mark.parametrize("s_grid,t_grid,V,Q", [((1, 1), (7, 7), 3, 2), ((3, 3), (1, 1), 1, 2), ((2, 5), (3, 4), 1, 1),
-                                               ((1, 1), (1, 1), 2, 5)])
-def test_triton_grids_flips_ties_and_numbers_of_views(s_grid, t_grid, V, Q):
-    (s, t, c), boxes = small_case(V=V, Q=Q, s_grid=s_grid, t_grid=t_grid, seed=3, K=19)
-    check_triton(s, t, c, boxes, skip=V > 1)
-    check_triton(s, t, c, boxes | {name: boxes[name].round() for name in ("student_boxes", "teacher_boxes")})
+@pytest.mark.parametrize("dtype,change", [
+    (torch.float32, dict(K=1)), (torch.float16, dict(K=127)), (torch.float32, dict(K=1000)),
+    (torch.float32, dict(K=4097)), (torch.float16, dict(K=4097)),
+    (torch.float32, dict(V=3, s_grid=(1, 1), t_grid=(7, 7))), (torch.float32, dict(V=1, s_grid=(3, 3), t_grid=(1, 1))),
+    (torch.float32, dict(V=1, Q=1, s_grid=(2, 5), t_grid=(3, 4))), (torch.float32, dict(Q=5, s_grid=(1, 1)))]
+    + [(torch.float32, dict(K=65537)), (torch.bfloat16, dict(K=65536))] * (DEVICE == "cuda"))
+def test_triton_error_is_no_worse_than_torchs(dtype, change):
+    """Sizes of K, grids, flips, and numbers of views; rounded boxes have ties."""
+    (s, t, c), boxes = case(**dict(K=19, seed=3) | change)
+    check_triton(s.to(dtype), t.to(dtype), c, boxes, upstream=2.0, skip=len(s) > 1)
+    if "K" not in change:
+        check_triton(s, t, c, boxes | {name: boxes[name].round() for name in ("student_boxes", "teacher_boxes")})
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_triton_matches_by_index_and_extreme_rows():
-    (s, t, c), boxes = small_case(seed=5)
+    (s, t, c), boxes = case(seed=5)
     index = torch.tensor([3, 0, 2, 2], device=DEVICE).expand(2, 2, 1, 4)
     check_triton(s, t, c, dict(index=index), skip=True)
     masked = torch.tensor([-1, 0, 2, -1], device=DEVICE, dtype=torch.int32).expand(2, 2, 1, 4).contiguous()
@@ -538,112 +497,77 @@ def test_triton_matches_by_index_and_extreme_rows():
     every = boxes | dict(hinge=False)
     check_triton(s, t, c, every, upstream=0.5)
     for change in (lambda x: torch.full_like(x, 3.0), lambda x: x + 1e4, lambda x: 1e4 * x):
-        leaf = change(s).requires_grad_()
-        mine, torchs = (local_cross_entropy(leaf, change(t), c, impl=i, **TEMPS, **every) for i in ("triton", "torch"))
-        torch.testing.assert_close(mine, torchs, rtol=2e-3, atol=0.05)      # float32 at 1e5: a step of 0.008
-        torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (mine, torchs)), rtol=0.02, atol=0.02)
+        (loss, grad), (torchs, torch_grad) = (loss_and_grad(change(s), change(t), c, impl=impl, **every)
+                                              for impl in ("triton", "torch"))
+        torch.testing.assert_close(loss, torchs, rtol=2e-3, atol=0.05)      # float32 at 1e5: a step of 0.008
+        torch.testing.assert_close(grad, torch_grad, rtol=0.02, atol=0.02)
 
-@needs_triton
-def test_triton_layouts_repetition_and_what_it_leaves_alone():
-    (s, t, c), boxes = small_case(seed=6)
-    loss_of = functools.partial(local_cross_entropy, impl="triton", **TEMPS)
-    leaf = s.clone().requires_grad_()
-    before = [x.detach().clone() for x in (leaf, t, c)]
-    loss, again = loss_of(leaf, t, c, **boxes), loss_of(leaf, t, c, **boxes)
-    first = torch.autograd.grad(loss, leaf, torch.ones(1, device=DEVICE).expand(3)[0], retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(loss, leaf)[0], first) and torch.equal(loss, again)
-    assert torch.equal(torch.autograd.grad(again, leaf)[0], first)
-    assert all(torch.equal(x, y) for x, y in zip((leaf, t, c), before))
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(loss_of(s, t, c, **boxes), loss)
-    wide = torch.zeros(2, 4, 1, 50, device=DEVICE)      # another order of the axes, and a slice
-    wide[..., 3:40] = s.transpose(1, 2)
-    strided = wide.requires_grad_()[..., 3:40].transpose(1, 2)
-    other = loss_of(strided, t[:1].expand(2, -1, -1, -1), c, **boxes)
-    expected = local_cross_entropy(leaf, t[:1].expand(2, -1, -1, -1), c, impl="torch", **TEMPS, **boxes)
-    torch.testing.assert_close(other, expected)
-    torch.testing.assert_close(torch.autograd.grad(other, wide)[0][..., 3:40].transpose(1, 2),
-                               torch.autograd.grad(expected, leaf)[0], rtol=1e-5, atol=1e-7)
-    if not SIMULATED:                   # torch.compile asks for a driver
-        compiled = torch.compile(lambda s: 2 * loss_of(s, t, c, **boxes), backend="eager")
-        assert torch.equal(compiled(s), 2 * loss)
+def for_each_size(options, *counts):
+    """What a call for all sizes of views is given, with so many views of each, as one dict for each size."""
+    parts = {name: options[name] for name in ("student_grid", "index", "weight") if name in options}
+    if "student_boxes" in options:
+        parts["student_boxes"] = options["student_boxes"].split(counts)
+    return [options | {name: part[i] for name, part in parts.items()} for i in range(len(counts))]
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("matches", ["boxes", "index", "single"])
-def test_head_loss_equals_the_loss_of_its_logits(impl, matches):
-    """Student views of two sizes in one call equal one call of local_cross_entropy for each size."""
-    g, B, K, grids = torch.Generator().manual_seed(0), 3, 37, [(2, 1), (1, 1)]
-    grids = [(1, 1), (1, 1)] if matches == "single" else grids
-    Q = 3 if matches == "index" else 2
-    z = [F.normalize(torch.randn(v, B, math.prod(grid), 16, generator=g), dim=-1) for v, grid in zip((Q, 1), grids)]
-    teacher_z = F.normalize(torch.randn(Q, B, math.prod(grids[0]), 16, generator=g), dim=-1)
-    w, tw, c = torch.randn(K, 16, generator=g), torch.randn(K, 16, generator=g), torch.randn(K, generator=g) / 4
-    z, (teacher_z, w, tw, c) = [x.to(DEVICE) for x in z], (x.to(DEVICE) for x in (teacher_z, w, tw, c))
-    boxes = random_boxes(3, B, size=60).to(DEVICE)
-    index = [torch.randint(-1, teacher_z.shape[2], (len(x), Q, B, x.shape[2]), generator=g).int().to(DEVICE)
-             for x in z]
+@each_impl
+@pytest.mark.parametrize("matches", ["boxes", "index", "index and weight", "single"])
+def test_head_loss_equals_the_definition(impl, matches):
+    """Student views of two sizes in one call. Triton on a GPU: float16 logits, bfloat16 gradients over them."""
+    g, half = torch.Generator().manual_seed(0), impl == "triton" and DEVICE == "cuda"
+    B, K, D, grids = (2, 4096, 256, [(4, 4), (2, 2)]) if DEVICE == "cuda" else (2, 23, 16, [(2, 1), (1, 1)])
+    Q, grids = 3 if matches == "index" else 2, [(1, 1), (1, 1)] if matches == "single" else grids
+    Ns, Nt = math.prod(grids[1]), math.prod(grids[0])
+    def close_to(x, noise):
+        return F.normalize(x + noise * F.normalize(torch.randn(x.shape, generator=g), dim=-1), dim=-1)
+
+    # many prototypes compete for each patch, with logits near 0.9, where bfloat16 logits would be too coarse
+    groups = close_to(torch.zeros(Q * B * Nt, D), 1)
+    teacher_z = close_to(groups.view(Q, B, Nt, D), 0.3)
+    z = [close_to(teacher_z, 0.5), close_to(groups[:B * Ns].view(1, B, Ns, D), 0.5)]
+    w, tw = (close_to(groups.repeat(K, 1)[:K], 0.3) for _ in range(2))
+    *leaves, boxes = (x.to(DEVICE) for x in (*z, w, teacher_z, tw, torch.randn(K, generator=g) / 50,
+                                             random_boxes(Q + 1, B, size=60)))
+    index = [torch.randint(-1, Nt, (len(x), Q, B, x.shape[2]), generator=g).int().to(DEVICE) for x in z]
     weight = [3 * torch.rand(x.shape, generator=g).to(DEVICE) for x in index]
-    together = dict(boxes=dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0]),
-                    index=dict(index=index, weight=weight), single={})[matches]
-    apart = [dict(together, **{name: part for name, part in (
-        ("student_boxes", boxes[:Q] if i == 0 else boxes[Q:]), ("student_grid", grids[i]), ("index", index[i]),
-        ("weight", weight[i])) if name in together}) for i in (0, 1)]
-    leaves = [x.clone().requires_grad_() for x in (*z, w, teacher_z, tw, c)]
-    truth = sum(local_cross_entropy(x @ leaves[2].T, teacher_z @ tw.T, c, impl="torch", skip_same_view=i == 0, **TEMPS,
-                                    **match_args) for i, (x, match_args) in enumerate(zip(leaves[:2], apart)))
-    expected = torch.autograd.grad(3 * truth, leaves[:3])
-    off = 1e-4 if DEVICE == "cpu" or impl == "torch" else 1e-2  # on a GPU: float16 logits, bfloat16 gradients
+    together = dict(boxes=dict(student_boxes=boxes, teacher_boxes=boxes[:Q], student_grid=grids, teacher_grid=grids[0]),
+                    index=dict(index=index), single={}).get(matches, dict(index=index, weight=weight))
+    apart, exact = for_each_size(together, Q, 1), [x.double().requires_grad_() for x in leaves]
+    each = [oracle(exact[i] @ exact[2].T, exact[3] @ exact[4].T, exact[5], skip_same_view=i == 0, **apart[i])
+            for i in range(2)]
+    of_first = torch.autograd.grad(each[0], exact[:3], retain_graph=True, allow_unused=True)
+    truth, expected, off = sum(each), torch.autograd.grad(3 * sum(each), exact[:3]), 6e-3 if half else 1e-4
+    leaves = [x.requires_grad_() for x in leaves]
     loss_of = functools.partial(head_cross_entropy, skip_same_view=True, impl=impl, **TEMPS)
     for max_bytes in (512 * 2 ** 20, 1):                # all images at once, one at a time
-        copies = {name: [x.clone() for x in part] if name in ("index", "weight") else part
-                  for name, part in together.items()}
-        center = c.clone()
+        center, copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (leaves[5].detach(), together))
         loss = loss_of(leaves[:2], *leaves[2:5], center, max_bytes=max_bytes, **copies)
         for x in (center, *copies.get("index", []), *copies.get("weight", [])):
             x.zero_()                                   # buffers that are used again before the backward pass
-        assert (loss - truth).abs() <= off * truth.abs()
         found = torch.autograd.grad(3 * loss, leaves, allow_unused=True, retain_graph=True)
         assert found[3:] == (None, None, None)
-        for mine, wanted in zip(found, expected):
-            assert (mine - wanted).norm() <= off * wanted.norm()
+        errors = [((mine - wanted).norm() / wanted.norm()).item() for mine, wanted in zip(found, expected)]
+        print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", errors)
+        most = 1e-3 if half and matches == "single" else 2e-5          # errors average out, but not over few rows
+        assert abs(loss.item() / truth.item() - 1) < most and max(errors) < off
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             torch.testing.assert_close(loss_of(leaves[:2], *leaves[2:], max_bytes=max_bytes, **together), loss)
-    # a single tensor; only one of the two needs a gradient
-    for which in (0, 2):
-        inputs = [leaves[0] if which == 0 else z[0], leaves[2] if which == 2 else w, teacher_z, tw, c]
-        alone = loss_of(*inputs, **apart[0])
-        wanted = torch.autograd.grad(local_cross_entropy(leaves[0] @ leaves[2].T, teacher_z @ tw.T, c, impl="torch",
-                                                         skip_same_view=True, **TEMPS, **apart[0]), leaves[which])[0]
-        assert (torch.autograd.grad(alone, leaves[which])[0] - wanted).norm() <= off * wanted.norm()
+    for which in (0, 2):                # a single tensor; only one of the two needs a gradient
+        inputs = [x if i == which else x.detach() for i, x in enumerate(leaves) if i != 1]
+        (found,) = torch.autograd.grad(loss_of(*inputs, **apart[0]), leaves[which])
+        assert (found - of_first[which]).norm() <= off * of_first[which].norm()
 
-def test_second_derivatives_are_right_or_refused():
-    (s, t, c), boxes = small_case(K=5)
-    w, z = torch.randn(5, 3, device=DEVICE).requires_grad_(), torch.randn(2, 1, 4, 3, device=DEVICE)
-    for impl in ("torch",) + (("triton",) if mk.triton else ()):
-        losses = {s: lambda x: local_cross_entropy(x, t, c, impl=impl, **TEMPS, **boxes),
-                  w: lambda x: head_cross_entropy(z, x, z[:2], w.detach(), c, impl=impl, **TEMPS, **boxes)}
-        for leaf, loss in losses.items():
-            leaf = leaf.detach().requires_grad_()
-            if impl == "triton":
-                with pytest.raises(RuntimeError, match="impl='torch' is twice differentiable"):
-                    torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, impl="torch", **TEMPS, **boxes)
-    assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
-    z, w = z.double().requires_grad_(), w.detach().double().requires_grad_()
-    head = functools.partial(head_cross_entropy, teacher_z=z.detach().clone(), teacher_weight=w.detach().clone(),
-                             center=c, impl="torch", **TEMPS, **boxes)
-    assert torch.autograd.gradcheck(head, (z, w)) and torch.autograd.gradgradcheck(head, (z, w))
-
-@needs_triton
-@pytest.mark.skipif(DEVICE == "cuda", reason="tensors on the CPU")
-def test_triton_is_refused_where_it_cannot_run(monkeypatch):
-    (s, t, c), boxes = case(B=1)
-    with pytest.raises(ValueError, match="float64"):
-        local_cross_entropy(s.double(), t, c, impl="triton", **TEMPS, **boxes)
-    monkeypatch.setattr(mk, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="impl='triton' needs"):
-        local_cross_entropy(s, t, c, impl="triton", **TEMPS, **boxes)
-    local_cross_entropy(s, t, c, impl="auto", **TEMPS, **boxes)
+@each_impl
+def test_second_derivatives_are_right_or_refused(impl):
+    (s, t, c), boxes = case(K=5)
+    w, options = torch.randn(5, 5, device=DEVICE), dict(impl=impl, **TEMPS, **boxes)
+    if impl == "torch":                 # of ready logits only
+        loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, **options)
+        assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
+    for weights in [(w, w)] + [(None, None)] * (impl == "triton"):  # the heads' loss, that of ready logits
+        leaf = s.clone().requires_grad_()
+        loss = head_cross_entropy(leaf, weights[0], t, weights[1], c, **options)
+        with pytest.raises(RuntimeError, match="once_differentiable"):      # squared: the upstream needs a gradient
+            torch.autograd.grad(loss ** 2, leaf, create_graph=True)[0].sum().backward()
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter")
@@ -655,28 +579,22 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     s, ds = (torch.empty(2 ** 32 + 2 * K, dtype=torch.float16)[2 ** 31:] for _ in range(2))  # wrapped offsets: inside
     rows = [slice(0, K), slice(B * K, B * K + K)]
     logits = torch.randn(2, K, generator=torch.Generator().manual_seed(0)).half()
-    for row, x in zip(rows, logits):
-        s[row] = x
+    s[rows[0]], s[rows[1]] = logits
     program_id = interpreter.TensorHandle(np.array([B], np.int32), mk.tl.int32)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda *args: program_id)
-    mk._teacher_kernel[(1,)](s, torch.zeros(K), ds, K, mk.LOG2_E, BLOCK=2048)
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda *args: program_id)
+        mk._teacher_kernel[(1,)](s, torch.zeros(K), ds, K, mk.LOG2_E, BLOCK=2048)
     torch.testing.assert_close(ds[rows[1]].float() / 2 ** 14, logits[1].float().softmax(0), rtol=1e-3, atol=0)
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, other: self)
     # student rows and teacher rows are the same memory: probabilities times 2^14, and logits
-    for row, x in zip(rows, logits):
-        s[row] = x.float().softmax(0) * 2 ** 14
-    leaf = torch.stack([s[row] for row in rows]).double()
-    p = leaf.sum(0) / 2 ** 14
-    truth = -(p * leaf.requires_grad_().log_softmax(1)).sum(1)
-    loss = torch.zeros(2, B)
-    table = torch.zeros(4 * B, dtype=torch.int32)
+    s[rows[0]], s[rows[1]] = logits.float().softmax(1) * 2 ** 14
+    leaf = torch.stack([s[row] for row in rows]).double().requires_grad_()
+    truth = -(leaf.detach().sum(0) / 2 ** 14 * leaf.log_softmax(1)).sum(1)
+    loss, table = torch.zeros(2, B), torch.zeros(4 * B, dtype=torch.int32)
     mk._student_kernel[(2,)](s, s, loss, ds, 0, 2, 2, B, K, mk.LOG2_E, 2, table, 1, 1, 1, 1, BLOCK=2048,
                              WEIGHT=torch.ones(4 * B))
     torch.testing.assert_close(loss[:, 0].double(), truth)
     (grad,) = torch.autograd.grad(truth.sum(), leaf)
-    found = torch.stack([ds[row] for row in rows]).double() / 2 ** 14
-    assert (found - grad).norm() < 1e-2 * grad.norm()
+    assert (torch.stack([ds[row] for row in rows]).double() / 2 ** 14 - grad).norm() < 1e-2 * grad.norm()
 
 def bytes_moved(B, K, D=256, student=170, teacher=98):
     """A model of what the local loss of 2 + 8 views moves on a GPU with `head_cross_entropy`, forward and backward."""
@@ -687,6 +605,23 @@ def bytes_moved(B, K, D=256, student=170, teacher=98):
     passes = layer * (3 * 6 + 4 + 8 + 2 * 10 * chunks)  # three casts, zeros, times upstream; gradients are added up
     return kernels, products, passes
 
+def head_inputs(B, K=65536, D=256):
+    """The inputs of the patch head's loss at the paper's size: 2 global and 8 local views."""
+    z = [F.normalize(torch.randn(v, B, n, D), dim=-1).requires_grad_() for v, n in ((2, 49), (8, 9))]
+    weight, boxes = F.normalize(torch.randn(K, D), dim=-1).requires_grad_(), torch.rand(10, B, 5) + 1
+    geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
+    return (z, weight, z[0].detach().flip(1), weight.detach(), torch.zeros(K)), geometry
+
+def head_reference(inputs, geometry, dtype, loss_of=reference_cross_entropy, logits=True):
+    """The loss of `head_inputs` by its definition; `loss_of` is given the student's logits or, without them, z."""
+    z, weight, teacher_z, teacher_weight, c = inputs
+    teacher, loss = teacher_z.to(dtype) @ teacher_weight.to(dtype).T, 0
+    for x, part in zip(z, for_each_size(geometry, 2, 8)):
+        matches = geometric_matches(part["student_boxes"][:, None], part["teacher_boxes"], part["student_grid"], (7, 7))
+        x = x.to(dtype) @ weight.to(dtype).T if logits else x.to(dtype)
+        loss += loss_of(x, teacher, c, *TEMPS.values(), *matches)
+    return loss
+
 @bench
 def test_speed_and_memory_of_the_loss(capsys, request):
     """The local loss of a step with 2 global and 8 local views, last layers and gradients included. It only prints."""
@@ -695,51 +630,41 @@ def test_speed_and_memory_of_the_loss(capsys, request):
     cuda, compiled = DEVICE == "cuda", torch.compile(reference_cross_entropy)
     dtype = torch.float16 if cuda else torch.float32
     for B, K in itertools.product((32, 128), (65536, 8192)) if cuda else [(4, 16384)]:
-        boxes, c = random_boxes(10, B, size=200).to(DEVICE), torch.zeros(K, device=DEVICE)
-        weight, *z = (F.normalize(torch.randn(*shape, 256, device=DEVICE), dim=-1).requires_grad_()
-                      for shape in ((K,), (2, B, 49), (8, B, 9)))
-        teacher, image = (z[0].detach().flip(1), weight.detach()), torch.arange(B, device=DEVICE)[:, None]
-
-        def linear(x, t, index, w):                     # one target for both teacher views
-            p = torch.softmax((t - c) / 0.04, -1).to(dtype)
+        with torch.device(DEVICE):
+            inputs, geometry = head_inputs(B, K)
+        boxes = random_boxes(10, B, size=200).to(DEVICE)
+        geometry |= dict(student_boxes=boxes, teacher_boxes=boxes[:2])
+        (z, weight, *_), image = inputs, torch.arange(B, device=DEVICE)[:, None]
+        def linear(x, t, c, student_temp, teacher_temp, index, w):      # one target for both teacher views
+            p = torch.softmax((t - c) / teacher_temp, -1).to(dtype)
             p = sum(w[:, q, ..., None].to(dtype) * p[q][image, index[:, q]] for q in range(2)).flatten(0, 2)
-            options = torch.nn.LinearCrossEntropyOptions()
-            x = x.flatten(0, 2) / 0.1
+            x, options = x.flatten(0, 2) / student_temp, torch.nn.LinearCrossEntropyOptions()
             return F.linear_cross_entropy(x, weight.to(dtype), p, reduction="sum", options=options) * len(w) / len(x)
 
-        def reference(how):
-            t = teacher[0].to(dtype) @ teacher[1].to(dtype).T
-            parts = [(x.to(dtype), *geometric_matches(part[:, None], boxes[:2], grid, (7, 7)))
-                     for x, part, grid in zip(z, boxes.split((2, 8)), ((7, 7), (3, 3)))]
-            return sum(linear(x, t, *matches) if how is linear else
-                       how(x @ weight.to(dtype).T, t, c, 0.1, 0.04, *matches) for x, *matches in parts)
-
-        def head(impl):
-            return head_cross_entropy(z, weight, *teacher, c, impl=impl, student_boxes=boxes, teacher_boxes=boxes[:2],
-                                      student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7), **TEMPS)
-
-        ways = {"reference": (reference, reference_cross_entropy), "reference, compiled": (reference, compiled)}
-        ways |= {"F.linear_cross_entropy": (reference, linear)} if hasattr(F, "linear_cross_entropy") else {}
-        ways |= {"torch path": (head, "torch")} | ({"Triton": (head, "triton")} if cuda else {})
+        reference = functools.partial(head_reference, inputs, geometry, dtype)
+        ours = functools.partial(head_cross_entropy, *inputs, **geometry, **TEMPS)
+        ways = {"reference": reference, "reference, compiled": functools.partial(reference, compiled)}
+        if hasattr(F, "linear_cross_entropy"):
+            ways["F.linear_cross_entropy"] = functools.partial(reference, linear, logits=False)
+        ways |= {impl: functools.partial(ours, impl=impl) for impl in ("torch", "triton")[:1 + cuda]}
         times, peaks = {name: [] for name in ways}, {}
-        for i, (name, (loss, how)) in itertools.product(range(8), ways.items()):        # taking turns; a warm-up first
+        for i, (name, loss_of) in itertools.product(range(8), ways.items()):            # taking turns; a warm-up first
             torch.cuda.reset_peak_memory_stats() if cuda else None
-            with contextlib.nullcontext() if cuda or i or how is compiled else Peak() as allocated:
+            with contextlib.nullcontext() if cuda or i or "compiled" in name else Peak() as allocated:
                 began = time.perf_counter()
-                torch.autograd.grad(loss(how), [*z, weight])
+                torch.autograd.grad(loss_of(), [*z, weight])
                 torch.cuda.synchronize() if cuda else None
             times[name].append(1e3 * (time.perf_counter() - began))
             peaks[name] = torch.cuda.max_memory_allocated() if cuda else getattr(allocated, "peak", peaks.get(name, 0))
         for name, ms in times.items():
             ms = sorted(ms[1:])[3]
-            memory = f"{peaks[name] / 2 ** 20:.0f} MiB" if peaks[name] else "memory not counted"
-            line = f"{name:22} {ms:8.2f} ms, {memory}"
-            if name == "Triton":
+            line = f"B = {B}, K = {K}: {name:22} {ms:8.2f} ms, {peaks[name] / 2 ** 20:.0f} MiB (0: not counted)"
+            if name == "triton":
                 card, rate = torch.cuda.get_device_properties(0), sum(bytes_moved(B, K)) / ms / 1e6
                 most = card.memory_clock_rate * card.memory_bus_width / 4e6
                 line += f", {rate:.0f} GB/s by the byte model, {100 * rate / most:.0f} % of the card's peak"
             with capsys.disabled():
-                print(f"\nB = {B}, K = {K}: {line}", end="")
+                print(f"\n{line}", end="")
 
 # ------------------------------------------------------------------------------------------------ CUDA without a GPU
 
@@ -773,11 +698,11 @@ def check(part, arch):
     # a line is "/*1900*/ @!P0 BRA 0x1140 ;"; a loop ends in a jump back; an instruction is 16 bytes
     code = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:[^;]*\b(0x[0-9a-f]+))?[^;]*;", sass)
     jumps = [(int(to, 16), int(at, 16)) for at, op, to in code if op.startswith("BRA") and to]
-    loops = [(to, at) for to, at in jumps if at - to > 150]
+    loops, registers = [(to, at) for to, at in jumps if at - to > 150], int(re.search(r"REG:(\d+)", sass)[1])
     elements = [((end - start) // 16 + 1) / 8 for start, end in loops]
-    print(f"sm_{arch} {part}: registers", re.search(r"REG:(\d+)", sass)[1], "instructions per element", elements)
+    print(f"sm_{arch} {part}: registers {registers}, instructions per element", elements)
     assert not any(op[:3] in ("LDL", "STL") for _, op, _ in code), "spills"
-    assert int(re.search(r"REG:(\d+)", sass)[1]) <= 48 and max(elements) <= 16, "registers, instructions"
+    assert registers <= 48 and max(elements) <= 16, "registers, instructions"
     for start, end in loops:
         ops = [op for at, op, _ in code if start <= int(at, 16) <= end]
         memory = [op for op in ops if op[:3] in ("LDG", "STG")]
@@ -797,18 +722,14 @@ compiled("index and weight", ("cuda", 90, 32))
 @needs_triton
 def test_kernels_compile_without_spills():
     """In a process of its own, since this one has the interpreter. Prints the figures of the README's table."""
-    environment = os.environ | dict(TRITON_INTERPRET="0")
-    assert subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=environment).returncode == 0
+    subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=os.environ | dict(TRITON_INTERPRET="0"), check=True)
 
-class NoLaunch:
-    """In the place of a kernel: notes the rows of each launch, checks the devices, and computes nothing."""
+class NoLaunch(list):
+    """In the place of a kernel: a list of the rows of each launch, which checks the devices and computes nothing."""
     current = None                      # the device that torch.cuda.device_of made the current one
 
-    def __init__(self):
-        self.rows = []
-
     def __getitem__(self, grid):
-        self.rows.append(grid[0])
+        self.append(grid[0])
         return self.check
 
     def check(self, *args, **kwargs):
@@ -826,13 +747,6 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: mock.patch.object(NoLaunch, "current", x.device))
     return kernels
 
-def head_inputs(B, K=65536, D=256):
-    """The inputs of the patch head's loss at the paper's size: 2 global and 8 local views."""
-    z = [torch.randn(v, B, n, D).requires_grad_() for v, n in ((2, 49), (8, 9))]
-    weight, boxes = torch.randn(K, D).requires_grad_(), torch.rand(10, B, 5) + 1
-    geometry = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=[(7, 7), (3, 3)], teacher_grid=(7, 7))
-    return (z, weight, torch.randn(2, B, 49, D), weight.detach(), torch.zeros(K)), geometry
-
 def flops_of(*args, **kwargs):
     """Of the forward pass of the head's loss, in units of one row of logits. Triton's path makes no small products."""
     with FlopCounterMode(display=False) as counter:
@@ -845,27 +759,25 @@ def test_matrix_products_of_the_teacher_and_of_frozen_weights(without_kernels):
     with FakeTensorMode():
         (z, weight, *teacher), geometry = head_inputs(B=1)
         assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 98 + 3 * 170
-        assert without_kernels[0].rows == [98] and without_kernels[1].rows == [98, 72]
+        assert without_kernels[0] == [98] and without_kernels[1] == [98, 72]
         for z_learns, w_learns, grad, products in ((0, 1, 1, 2), (1, 0, 1, 2), (0, 0, 1, 1), (1, 1, 0, 1)):
             z = [x.detach().requires_grad_(bool(z_learns)) for x in z]
             weight = weight.detach().requires_grad_(bool(w_learns))
             with torch.set_grad_enabled(bool(grad)):
                 assert flops_of(z, weight, *teacher, **geometry, impl="triton") == 98 + products * 170
-        boxes, grids = geometry["student_boxes"].split((2, 8)), geometry["student_grid"]
-        parts = [geometry | dict(student_boxes=boxes[i], student_grid=grids[i]) for i in range(2)]
-        apart = sum(flops_of(z[i], weight, *teacher, **parts[i], impl="torch") for i in range(2))
+        apart = sum(flops_of(x, weight, *teacher, **part, impl="torch")
+                    for x, part in zip(z, for_each_size(geometry, 2, 8)))
         assert flops_of(z, weight, *teacher, **geometry, impl="torch") <= apart - 98
         many, geometry = head_inputs(B=8)
-        without_kernels[0].rows.clear()
+        without_kernels[0].clear()
         flops_of(*many, **geometry, impl="triton", max_bytes=4 * 268 * 65536 * 4)      # 4 images at a time fit
-        assert without_kernels[0].rows == [4 * 98, 4 * 98]
+        assert without_kernels[0] == [4 * 98, 4 * 98]
 
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """Follows allocations: bytes in live storages now, and at most."""
-
+    """Follows allocations: the bytes of each live storage, and the most at one time."""
     def __init__(self):
         super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
+        self.live, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -873,13 +785,9 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live:
                 storage = x.untyped_storage()
                 self.live[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata)
+                self.peak = max(self.peak, sum(self.live.values()))
+                weakref.finalize(storage, self.live.pop, storage._cdata)
         return out
-
-    def free(self, key):
-        self.now -= self.live.pop(key)
 
 @needs_fake_gpu
 def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
@@ -888,19 +796,14 @@ def test_memory_of_the_heads_loss_does_not_grow_with_the_batch(without_kernels):
     peaks = {}
     for name, B in itertools.product(("reference", "ours"), (32, 64, 128)):
         with FakeTensorMode(), torch.device("cuda:0" if name == "ours" else "cpu"):
-            (z, weight, teacher_z, teacher_weight, c), geometry = head_inputs(B)
+            inputs, geometry = head_inputs(B)
             with Peak() as peak:
-                if name == "ours":
-                    loss = head_cross_entropy(z, weight, teacher_z, teacher_weight, c, **TEMPS, **geometry)
+                if name == "reference":
+                    head_reference(inputs, geometry, torch.float16).backward()
+                else:
+                    loss = head_cross_entropy(*inputs, **TEMPS, **geometry)
                     with torch.no_grad():
                         mk._TritonLoss.backward(loss.grad_fn, torch.ones(()))
-                else:
-                    teacher, loss = teacher_z.half() @ teacher_weight.half().T, 0
-                    for x, boxes, grid in zip(z, geometry["student_boxes"].split((2, 8)), geometry["student_grid"]):
-                        matches = geometric_matches(boxes[:, None], geometry["teacher_boxes"], grid, (7, 7))
-                        student = x.half() @ weight.half().T
-                        loss += reference_cross_entropy(student, teacher, c, *TEMPS.values(), *matches)
-                    loss.backward()
         peaks[name, B] = round(peak.peak / 2 ** 30, 2)
     print(peaks)
     assert max(peaks["ours", B] for B in (32, 64, 128)) < 0.8 and peaks["reference", 128] > 20
@@ -930,12 +833,12 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         with torch.autocast("cuda", torch.bfloat16):
             teacher_out, student_out = teacher(images[:1]), student(images)
         centers = torch.zeros(2, 1024)
+        loss = functools.partial(gld.distillation_loss, student_out, teacher_out, boxes=boxes, grids=grids,
+                                 teacher_temp=0.04)
         for matching in ("none", "similarity", "geometric"):
-            loss = functools.partial(gld.distillation_loss, student_out, teacher_out, boxes=boxes, teacher_temp=0.04,
-                                     grids=grids, matching=matching)
-            assert {(x.device, x.shape) for x in loss(centers=centers)} == {(device, ())}
+            assert {(x.device, x.shape) for x in loss(centers=centers, matching=matching)} == {(device, ())}
         with pytest.raises((RuntimeError, ValueError), match="cpu"):       # a tensor that was left behind is noticed
-            loss(centers=torch.zeros(2, 1024, device="cpu"))
+            loss(centers=torch.zeros(2, 1024, device="cpu"), matching="geometric")
         assert not hasattr(gld.diagnose(teacher_out, centers, boxes, grids, 0.04, cfg)["entropy"], "device")
         parameters = [p for p in student.parameters() if p.requires_grad]
         for p in parameters:
@@ -953,57 +856,15 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         monkeypatch.setattr(eval_knn, "max", lambda *numbers: 10, raising=False)     # fake labels have no maximum
         eval_knn.knn(features, labels, features, labels, [10, 20], 0.07)
 
-@pytest.fixture
-def simulated_driver(monkeypatch):
-    """ttsem keeps tensors for "cuda" on the CPU. There, what needs a driver does nothing, and autocast for "cuda" is
-    that of the CPU, so that the networks do compute in half precision."""
+@needs_gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_triton_training_has_the_losses_of_the_cpu(precision, monkeypatch, tmp_path):
+    """Two epochs of 6 steps, against the torch path in float32. ttsem takes 3 ms for a patch: so views have few."""
     autocast = torch.autocast
-    if SIMULATED:
+    if SIMULATED:       # tensors for "cuda" are on the CPU: what needs a driver does nothing, autocast is the CPU's
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: x)
         monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
-
-@needs_gpu
-@pytest.mark.parametrize("matches", ["boxes", "index", "index and weight"])
-def test_triton_head_in_half_precision_against_float64(matches):
-    """The branch that only a GPU takes: float16 logits, bfloat16 gradients over them. Errors are relative norms."""
-    g, grids = torch.Generator().manual_seed(0), [(4, 4), (2, 2)]
-
-    def close_to(x, noise):
-        return F.normalize(x + noise * F.normalize(torch.randn(x.shape, generator=g), dim=-1), dim=-1)
-
-    # 64 prototypes compete for each patch, with logits near 0.9, where bfloat16 logits would be too coarse
-    groups = close_to(torch.zeros(64, 256), 1)
-    teacher_z = close_to(groups.view(2, 2, 16, 256), 0.3)
-    z = [close_to(teacher_z, 0.5), close_to(groups[:24].view(3, 2, 4, 256), 0.5)]
-    w, teacher_w = close_to(groups.repeat(64, 1), 0.3), close_to(groups.repeat(64, 1), 0.3)
-    c, boxes = torch.randn(4096, generator=g) / 50, random_boxes(5, 2, size=60)
-    options = dict(student_boxes=boxes, teacher_boxes=boxes[:2], student_grid=grids, teacher_grid=grids[0])
-    pairs = [geometric_matches(part[:, None], boxes[:2], grid, grids[0])
-             for part, grid in zip(boxes.split((2, 3)), grids)]
-    if matches != "boxes":
-        options = dict(index=[index.where(hinge > 0, -1) for index, hinge in pairs])
-    if matches == "index and weight":
-        options["weight"] = [torch.rand(hinge.shape, generator=g) for _, hinge in pairs]
-        pairs = [(index, hinge * weight) for (index, hinge), weight in zip(pairs, options["weight"])]
-    pairs[0][1][[0, 1], [0, 1]] = 0     # skip_same_view
-    exact, truth = [x.double().requires_grad_() for x in (*z, w)], 0
-    for x, (index, weight) in zip(exact, pairs):
-        truth += reference_cross_entropy(x @ exact[2].T, teacher_z.double() @ teacher_w.double().T, c, **TEMPS,
-                                         index=index, weight=weight)
-    *z, w, teacher_z, teacher_w, c = (x.to(DEVICE).requires_grad_() for x in (*z, w, teacher_z, teacher_w, c))
-    options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), options)
-    options |= dict(skip_same_view=True, max_bytes=2 ** 19)     # one image at a time
-    loss = head_cross_entropy(z, w, teacher_z, teacher_w, c, **TEMPS, **options)
-    errors = [(mine.cpu() - wanted).norm() / wanted.norm() for mine, wanted in zip(
-        torch.autograd.grad(3 * loss, [*z, w]), torch.autograd.grad(3 * truth, exact))]
-    print(f"error of the loss {loss.item() / truth.item() - 1:.1e}, of the gradients", *map("{:.1e}".format, errors))
-    assert abs(loss.item() / truth.item() - 1) < 2e-5 and max(errors) < 6e-3
-
-@needs_gpu
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_triton_training_has_the_losses_of_the_cpu(precision, simulated_driver, tmp_path):
-    """Two epochs of 6 steps, against the torch path in float32. ttsem takes 3 ms for a patch: so views have few."""
     tiny = "--data-fraction 0.02 --epochs 2 --global-size 16 --local-size 8 --blur-sigma 0.1 0.3"
     logs = {}
     for device, options in (("cpu", "--impl torch --precision fp32"), ("cuda", f"--precision {precision}")):
