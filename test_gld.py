@@ -1056,13 +1056,10 @@ def test_every_colour_operation_equals_torchvisions_image_by_image():
     torch.testing.assert_close(augment_one(x), x, **close)
 
 def test_jitter_applies_its_operations_in_the_drawn_order():
-    x, expected, values = pictures(24, seed=1), [], (1.3, 0.7, 0.6, 0.08)
+    x, orders, values = pictures(24, seed=1), list(itertools.permutations(range(4))), (1.3, 0.7, 0.6, 0.08)
     ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    orders = list(itertools.permutations(range(4)))
-    for image, order in zip(x, orders):
-        for op in order:
-            image = ops[op](image, values[op])
-        expected.append(image)
+    expected = [functools.reduce(lambda image, op: ops[op](image, values[op]), order, image)
+                for image, order in zip(x, orders)]
     found = augment_one(x, brightness=1.3, contrast=0.7, saturation=0.6, hue=0.08, order=orders)
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=3e-5)
 
@@ -1084,17 +1081,15 @@ def test_drawn_parameters_have_dinos_distribution():
         for mine, torchs in pairs:
             error = 4 * (mine.var() / n + torchs.var() / n).sqrt()
             assert (mine.mean() - torchs.mean()).abs() < error and 0.9 < mine.std() / torchs.std() < 1.1
-        share(flip, 0.5), share(views.grey, 0.2), share(views.sigma > 0, blur), share(views.solarise, solarise)
         jittered = views.jitter[:, 3] != 0
-        share(jittered, 0.8)
-        for column, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1)):
-            values = views.jitter[jittered, column]
+        for hits, expected in ((flip, 0.5), (views.grey, 0.2), (views.sigma > 0, blur), (views.solarise, solarise),
+                               (jittered, 0.8), *((views.order[:, i] == op, 0.25) for i, op in np.ndindex(4, 4))):
+            share(hits, expected)
+        for values, low, high in zip(views.jitter[jittered].T, (0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1)):
             assert low <= values.min() and values.max() <= high
             assert abs(values.mean() - (low + high) / 2) < 0.02 and abs(values.std() - (high - low) / 12 ** 0.5) < 0.02
         sigma = views.sigma[views.sigma > 0]
         assert 0.1 <= sigma.min() and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.15
-        for op, place in np.ndindex(4, 4):
-            share(views.order[:, place] == op, 0.25)
 
 def test_matched_patches_show_the_same_place_through_the_real_pipeline():
     """An image whose colours are its coordinates: what a patch shows says where it is."""
@@ -1105,28 +1100,27 @@ def test_matched_patches_show_the_same_place_through_the_real_pipeline():
     flips, matches = set(), 0
     for seed in range(10):
         torch.manual_seed(seed)
-        shown, grids, boxes = [], [], []                # per view: (patches, 2) the coordinates that its patches show
+        views = []                      # per view: the coordinates (patches, 2) that its patches show, grid, box
         for part in gld.crop_views(image, cfg):
-            v = len(part.crops)
-            plain = part._replace(jitter=torch.tensor([1.0, 1, 1, 0]).expand(v, 4), grey=torch.zeros(v, dtype=bool),
-                                  sigma=torch.zeros(v), solarise=torch.zeros(v, dtype=bool))
-            views = gld.augment(gld.Views(*(field[None] for field in plain)), 2.0)[:, 0] * STD + MEAN
-            shown += list(F.avg_pool2d(views[:, :2], 16).flatten(2).mT * torch.tensor([H, W]))
-            grids += [(part.crops.shape[-1] // 16,) * 2] * v
-            boxes += list(part.boxes)
-        assert len(boxes) == 8 and part.crops.dtype == torch.uint8
-        for v in range(8):
-            assert (shown[v] - midpoints(boxes[v], grids[v])).abs().max() < 1.5   # 8 bits of colour, and the edges
-            for q in range(2):
-                index, weight = geometric_matches(boxes[v], boxes[q], grids[v], grids[q])
-                cells = torch.stack([boxes[v][2:4] / grids[v][0], boxes[q][2:4] / grids[q][0]])
-                low, high = boxes[q][:2], boxes[q][:2] + boxes[q][2:4]
-                inside = ((shown[v] > low + 2) & (shown[v] < high - 2)).all(1)
-                apart = (shown[v] - shown[q][index]).abs()
+            assert part.crops.dtype == torch.uint8
+            grid = (part.crops.shape[-1] // 16,) * 2
+            plain = part._replace(jitter=torch.tensor([1.0, 1, 1, 0]).expand(len(part.crops), 4),
+                                  grey=part.grey & False, sigma=part.sigma * 0, solarise=part.solarise & False)
+            pixels = gld.augment(gld.Views(*(field[None] for field in plain)), 2.0)[:, 0] * STD + MEAN
+            shown = F.avg_pool2d(pixels[:, :2], 16).flatten(2).mT * torch.tensor([H, W])
+            views += [(place, grid, box) for place, box in zip(shown, part.boxes)]
+        assert len(views) == 8
+        for v, (place, grid, box) in enumerate(views):
+            assert (place - midpoints(box, grid)).abs().max() < 1.5             # 8 bits of colour, and the edges
+            for other_place, other_grid, other in views[:2]:
+                index, weight = geometric_matches(box, other, grid, other_grid)
+                cells = torch.stack([box[2:4] / grid[0], other[2:4] / other_grid[0]])
+                inside = ((place > other[:2] + 2) & (place < other[:2] + other[2:4] - 2)).all(1)
+                apart = (place - other_place[index]).abs()
                 assert (apart[inside] <= cells[1] / 2 + 3).all()                # 3: twice the 1.5 of above
                 assert (weight[inside] > 0).sum() >= inside.sum() - 1
                 assert (apart[weight > 0].norm(dim=1) < (cells / 2).norm(dim=1).max() + 5).all()
-                flips.add((v < 2, bool(boxes[v][4]), bool(boxes[q][4])))
+                flips.add((v < 2, bool(box[4]), bool(other[4])))
                 matches += int((weight > 0).sum())
     assert len(flips) == 8 and matches > 3500
 
@@ -1731,9 +1725,8 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         done = run(f"gld.py {QUICK} --max-steps 2 {options}", tmp_path)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (options, done.stderr)
     assert (tmp_path / "output/checkpoint.pt").read_bytes() == before
-    assert "from step 1;" in train_ok("--max-steps 1", tmp_path).stdout         # nothing is left to do
-    done = train_ok("--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3", tmp_path)
-    assert "from step 1;" in done.stdout                # the same values, given again
+    for same in ("--max-steps 1", "--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3"):
+        assert "from step 1;" in train_ok(same, tmp_path).stdout                # nothing to do; the same values, given
     train_ok("--max-steps 1 --matching none --no-resume", tmp_path)
     assert len(log_of(tmp_path / "output")) == 1        # a new run has a new log
 
@@ -1744,22 +1737,20 @@ class Hostile:
 def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
-    torch.save({"student": Hostile()}, "output/checkpoint.pt")
+    for name, content in {"output/checkpoint.pt": {"student": Hostile()}, "tensor.pt": torch.zeros(3),
+                          "empty.pt": {"options": {}}, "numbers.pt": {"student": 1, "teacher": 2},
+                          "odd.pt": {"options": dict(arch="os.system", global_size=32, patch_size=8), "teacher": {}},
+                          "cut.pt": {"student": {"weight": torch.zeros(1000)}}}.items():
+        torch.save(content, name)
+    os.truncate("cut.pt", 2000)
     Path("pickle.pt").write_bytes(pickle.dumps(Hostile()))
     Path("text.pt").write_text("hello")
-    torch.save(torch.zeros(3), "tensor.pt")
-    torch.save({"options": {}}, "empty.pt")
-    torch.save({"options": {"arch": "os.system", "global_size": 32, "patch_size": 8}, "teacher": {}}, "odd.pt")
-    torch.save({"student": 1, "teacher": 2}, "numbers.pt")
-    whole = io.BytesIO()
-    torch.save({"student": {"weight": torch.zeros(1000)}}, whole)
-    Path("cut.pt").write_bytes(whole.getvalue()[:2000])
     assert gld.main([]) == 2 and gld.main(["--init-from", "pickle.pt", "--no-resume"]) == 2
     for name in ("output/checkpoint.pt", "pickle.pt", "text.pt", "tensor.pt", "empty.pt", "odd.pt", "cut.pt"):
         assert eval_knn.main(["--checkpoint", name]) == 2, name
     for name in ("tensor.pt", "empty.pt", "numbers.pt", "cut.pt"):
         assert gld.main(["--init-from", name, "--no-resume", "--output", "other"]) == 2, name
-        Path("output/checkpoint.pt").write_bytes(Path(name).read_bytes())
+        shutil.copy(name, "output/checkpoint.pt")
         assert gld.main([]) == 2, name
     assert not Path("harmed").exists()
 
@@ -1815,15 +1806,16 @@ def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
     for name in runs:
         train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {name[:-1]} "
                  f"--seed {name[-1]} --output {name}", tmp_path)
-    files = " ".join(f"{name}/checkpoint.pt" for name in runs)
-    command, found = f"eval_knn.py --checkpoint {files} --k 5 --linear --matches --untrained --batch-size 4", []
+    files = [f"{name}/checkpoint.pt" for name in runs]
+    command = f"eval_knn.py --checkpoint {' '.join(files)} --k 5 --linear --matches --untrained --batch-size 4"
+    found = []
     for processes in (1, 2):
         done = run(f"{command} --workers 0 --json t.json", tmp_path, processes)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((tmp_path / "t.json").read_text()))
         for method in ("5-NN", "linear"):
-            top1 = np.reshape([found[0][f"{name}/checkpoint.pt"][method][0] for name in runs], (2, 2))
-            for label, x in (("geometric", top1[0]), ("none", top1[1]), ("geometric - none", top1[0] - top1[1])):
+            geometric, none = np.reshape([found[0][file][method][0] for file in files], (2, 2))
+            for label, x in (("geometric", geometric), ("none", none), ("geometric - none", geometric - none)):
                 row = next(line for line in done.stdout.splitlines() if line.startswith(f"{label}, 2 seeds"))
                 assert f"{method} {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})" in row
     accuracy = "correspondence accuracy"
@@ -1867,11 +1859,12 @@ FILES = {  # kind: network, image size, other people's names for its keys, what 
     "DINO ViT": ("vit_tiny", 64, VIT | PREFIX, lambda x: dict(teacher=x | HEAD, epoch=1)),
     "timm ViT": ("vit_tiny", 64, VIT, lambda x: x | {"head.weight": torch.zeros(2, 2)})}
 
-def save_weights(kind, path):
-    """Write a file of this kind. Returns: its network and its keys as plain torchvision would name them."""
-    arch, _, names, wrap = FILES[kind]
+@pytest.mark.parametrize("kind", FILES)
+def test_foreign_weights_load_strictly_and_start_a_run(tmp_path, kind):
+    """Nothing moves at these rates. The views are larger than the file's, so a ViT's position embedding is resized."""
+    arch, size, names, wrap = FILES[kind]
     torch.manual_seed(0)
-    backbone = gld.Backbone(arch, 64, 16).eval()
+    backbone, path, x = gld.Backbone(arch, 64, 16).eval(), tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
     for parameter in backbone.parameters():    # none may be zero or one, or a mistaken rename could go unseen
         torch.nn.init.normal_(parameter, std=0.1)
     state = {}
@@ -1880,61 +1873,47 @@ def save_weights(kind, path):
             key = re.sub(ours, theirs, key)
         state[key] = value.view(49, 49) if key.endswith("position_index") else value
     torch.save(wrap(state), path)
-    return backbone, state
-
-@pytest.mark.parametrize("kind", FILES)
-def test_foreign_weights_load_strictly(tmp_path, kind):
-    arch, size, _, wrap = FILES[kind]
-    path, x = tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
-    backbone, state = save_weights(kind, path)
     found, image_size, options = eval_knn.load_backbone(path)
     assert (found.arch, found.patch_size, image_size) == (arch, 16, size) and options.get("global_size", size) == size
     for ours, theirs in zip(backbone(x), found(x)):
         torch.testing.assert_close(ours, theirs)
-    if kind == "checkpoint.pt":
-        student = eval_knn.load_backbone(path, "student")[0]
-        assert all(torch.equal(a, -b) for a, b in zip(student.parameters(), backbone.parameters()))
+
+    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
+    command = (f"{frozen} --arch {arch} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 --max-steps 1 "
+               "--init-from file.pt")
+    assert "weights from file.pt (new heads)" in train_ok(command, tmp_path).stdout
+    end = checkpoint(tmp_path / "output")
+    for key, value in backbone.net.named_parameters():
+        value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
+        sign = -1 if kind == "checkpoint.pt" else 1             # in this file, the student is minus the teacher
+        assert torch.equal(end["teacher"][f"backbone.net.{key}"], value), key
+        assert torch.equal(end["student"][f"backbone.net.{key}"], sign * value), key
+    assert all(torch.equal(value, end["teacher"][key]) for key, value in end["student"].items() if "_head." in key)
+    other = "resnet50" if arch.startswith("vit") else "vit_tiny"
+    done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--init-from file.pt: a {arch} does not fit --arch {other}" in done.stderr
+
     last = [key for key in state if key.endswith("weight")][-1]
     for changed in ({key: state[key] for key in state if key != last}, state | {f"{last}.extra": torch.zeros(1)}):
         torch.save(wrap(changed), path)
         with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
             eval_knn.load_backbone(path, flag="--init-from")
 
-@pytest.mark.parametrize("kind", FILES)
-def test_a_run_starts_from_foreign_weights(tmp_path, kind):
-    """Nothing moves at these rates. The views are larger than the file's, so a ViT's position embedding is resized."""
-    backbone, _ = save_weights(kind, tmp_path / "file.pt")
-    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
-    command = (f"{frozen} --arch {backbone.arch} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 "
-               "--max-steps 1 --init-from file.pt")
-    assert "weights from file.pt (new heads)" in train_ok(command, tmp_path).stdout
-    end = checkpoint(tmp_path / "output")
-    for key, value in backbone.net.named_parameters():
-        value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
-        sign = -1 if kind == "checkpoint.pt" else 1             # in this file, the student is minus the teacher
-        for name, expected in (("teacher", value), ("student", sign * value)):
-            assert torch.equal(end[name][f"backbone.net.{key}"], expected), (name, key)
-    heads = [key for key in end["student"] if "_head." in key]
-    assert all(torch.equal(end["student"][key], end["teacher"][key]) for key in heads)
-    other = "resnet50" if backbone.arch.startswith("vit") else "vit_tiny"
-    done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"--init-from file.pt: a {backbone.arch} does not fit --arch {other}" in done.stderr
-
 def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
     train_ok("--max-steps 2 --output a", tmp_path)
-    frozen = "--max-steps 1 --lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
-    done = train_ok(f"{frozen} --init-from a/checkpoint.pt --output b", tmp_path)
+    command = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1 --init-from a/checkpoint.pt"
+    done = train_ok(f"{command} --max-steps 1 --output b", tmp_path)
     assert "weights from a/checkpoint.pt (with its heads)" in done.stdout
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
     for name in ("student", "teacher"):
-        assert b["step"] == 1 and all(torch.equal(a[name][key], b[name][key]) for key in a[name]
+        assert b["step"] == 1 and all(torch.equal(value, b[name][key]) for key, value in a[name].items()
                                       if "running" not in key and "num_batches" not in key)
-    done = train_ok(f"{frozen} --max-steps 2 --init-from a/checkpoint.pt --output b", tmp_path)
+    done = train_ok(f"{command} --max-steps 2 --output b", tmp_path)
     assert "from step 1" in done.stdout and "weights from" not in done.stdout           # the same command resumes
-    for options in ("--init-from a/checkpoint.pt --out-dim 32", "--init-from a/checkpoint.pt --matching none",
-                    "--init-from a/backbone.pt"):
-        assert "(new heads)" in train_ok(f"{frozen} {options} --no-resume --output c", tmp_path).stdout
+    for options in ("--out-dim 32", "--matching none", "--init-from a/backbone.pt"):
+        done = train_ok(f"{command} {options} --max-steps 1 --no-resume --output c", tmp_path)
+        assert "(new heads)" in done.stdout
 
 def places(size=200):
     """(3, size, size) uint8: the red and the green of a pixel are its x and its y; the blue is full."""
@@ -1993,17 +1972,16 @@ def test_the_picture_joins_patches_that_show_the_same_place(what):
 def test_the_picture_on_the_command_line(tmp_path):
     save_pictures(tmp_path / "plain", 2, (60, 90))
     save_pictures(tmp_path / "split/val", 1)
-    show = "eval_knn.py --workers 0 --show-matches"
-    for data in ("plain", "plain/0001.png", "split", "shapes"):
-        done = run(f"{show} {Path(data).stem}.png --data {data}", tmp_path)
-        assert done.returncode == 0 and "--checkpoint FILE" in done.stdout, done.stderr
     torch.save(gld.Backbone("conv_tiny").net.state_dict(), tmp_path / "backbone.pt")
-    done = run(f"{show} b.png --checkpoint backbone.pt --data shapes", tmp_path)
-    assert done.returncode == 0 and "similarity by backbone.pt" in done.stdout, done.stderr
     (tmp_path / "text.png").write_text("no image")
+    for options, words in (("a.png --data plain", "--checkpoint FILE"), ("b.png --data split", "--checkpoint FILE"),
+                           ("c.png --data plain/0001.png", "--checkpoint FILE"),
+                           ("d.png --checkpoint backbone.pt --data shapes", "similarity by backbone.pt")):
+        done = run(f"eval_knn.py --workers 0 --show-matches {options}", tmp_path)
+        assert done.returncode == 0 and words in done.stdout and (tmp_path / options[:5]).exists(), done.stderr
     before = sorted(tmp_path.iterdir())
-    for wrong in ("nowhere/a.png", "a.xyz", "a.png --checkpoint nowhere.pt", "a.png --data text.png"):
-        done = run(f"{show} {wrong}", tmp_path)
+    for wrong in ("nowhere/a.png", "a.xyz", "e.png --checkpoint nowhere.pt", "e.png --data text.png"):
+        done = run(f"eval_knn.py --workers 0 --show-matches {wrong}", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, (wrong, done.stderr)
     assert sorted(tmp_path.iterdir()) == before
 
