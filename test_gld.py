@@ -1450,11 +1450,10 @@ def test_compiled_networks_train_and_save_the_same(tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("more", [
-    "", "--precision fp16", "--compile", "--arch swin_t --global-size 64 --local-size 32"])
-def test_training_and_evaluation_run_on_a_gpu(tmp_path, more):
+@pytest.mark.parametrize("add", ["", "--precision fp16", "--compile", "--arch swin_t --global-size 64 --local-size 32"])
+def test_training_and_evaluation_run_on_a_gpu(tmp_path, add):
     for steps in (3, 6):
-        train_ok(f"--device cuda --local-views 2 --workers 2 --max-steps {steps} {more}", tmp_path)
+        train_ok(f"--device cuda --local-views 2 --workers 2 --max-steps {steps} {add}", tmp_path)
     log = log_of(tmp_path / "output")
     assert len(log) == 2 and all(math.isfinite(row["loss_image"] + row["loss_patch"]) for row in log)
     assert run("eval_knn.py --device cuda --k 5 --linear", tmp_path).returncode == 0
