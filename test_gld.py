@@ -72,46 +72,42 @@ gld.draw_shapes = functools.cache(gld.draw_shapes)     # drawn once for all test
 
 # ------------------------------------------------------------------------------------------------ helpers
 
-def run(command, cwd, processes=1):
-    """Run a script as a user does: returncode, stdout, stderr. One process runs in this one; several are forked.
+def variables_of_ranks(processes):
+    """What torchrun, or the Slurm script in NOTES.md, sets for each of several processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    return [dict(shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
 
-    Forked processes find each other by the variables that torchrun sets. Returns the output of all of them.
-    """
+def run(command, cwd, processes=1):
+    """Run a script as a user does: returncode, stdout, stderr. One process runs in this one; several are forked."""
     words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
     words += [] if "--device" in words else ["--device", "cpu"]
     script = {"gld.py": gld, "eval_knn.py": eval_knn}[words[0]]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        files = [tempfile.TemporaryFile("w+") for _ in range(2)]
-        def work(rank):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="localhost",
-                              MASTER_PORT=str(port))
-            os.chdir(cwd)
-            for file, number in zip(files, (1, 2)):
-                os.dup2(file.fileno(), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    if processes == 1:
+        with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out,
+              contextlib.redirect_stderr(io.StringIO()) as err):
+            patch.chdir(cwd)
             code = script.main(words[1:])
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+        return argparse.Namespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
 
-        started = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(processes)]
-        [process.start() for process in started]
-        [process.join(120) for process in started]
-        [process.kill() for process in started]
-        for file in files:
-            file.seek(0)
-        return argparse.Namespace(returncode=max(process.exitcode for process in started), stdout=files[0].read(),
-                                  stderr=files[1].read(), codes=[process.exitcode for process in started])
-    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
-    os.chdir(cwd)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = script.main(words[1:])
-    finally:
-        os.chdir(before)
-    return argparse.Namespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    def work(variables):
+        os.environ.update(variables)
+        os.chdir(cwd)
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.exit(script.main(words[1:]))
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=work, args=(variables,)) for variables in variables_of_ranks(processes)]
+    [process.start() for process in started]
+    [process.join(120) for process in started]
+    [process.kill() for process in started]
+    [file.seek(0) for file in files]
+    codes = [process.exitcode for process in started]
+    return argparse.Namespace(returncode=max(codes), stdout=files[0].read(), stderr=files[1].read(), codes=codes)
 
 def train_ok(options, cwd, processes=1):
     """gld.py with QUICK and these options must succeed. Returns: the finished run."""
@@ -121,15 +117,14 @@ def train_ok(options, cwd, processes=1):
 
 def launch(words, cwd, processes=1, restarts=0, **kwargs):
     """Start a script, under torchrun if there are several processes; its output and errors are one stream."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    torchrun += [f"--max-restarts={restarts}"]
-    words = [*words.split(), "--device", "cpu"]
-    command = [sys.executable, "-u", *(torchrun if processes > 1 else []), HERE / words[0], *words[1:]]
-    kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) | kwargs
-    return subprocess.Popen(command, cwd=cwd, **kwargs)
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --max-restarts={restarts}".split()
+    script, *words = words.split()
+    command = [sys.executable, "-u", *(torchrun if processes > 1 else []), HERE / script, *words, "--device", "cpu"]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, **kwargs)
 
 def wait_for(process, words):
-    """Read the output of a process until it holds `words`; returns what was read."""
+    """Read the output of a process until it holds `words`."""
     said, patience = "", threading.Timer(200, process.kill)
     patience.start()
     while words not in said:
@@ -137,7 +132,6 @@ def wait_for(process, words):
         assert line, f"ended without {words!r}:\n{said}"
         said += line
     patience.cancel()
-    return said
 
 def children(pid):
     """Process ids of the children of a process, the oldest first."""
@@ -179,11 +173,9 @@ def random_boxes(*shape, size=500, seed=0):
 def midpoints(box, grid):
     """Brute force: (rows * cols, 2) y and x of every patch's midpoint, float64, one box at a time."""
     top, left, height, width, flip = box.double().tolist()
-    out = []
-    for r, c in np.ndindex(*grid):
-        shown = grid[1] - 1 - c if flip else c
-        out.append((top + (r + 0.5) * height / grid[0], left + (shown + 0.5) * width / grid[1]))
-    return torch.tensor(out, dtype=torch.float64)
+    cells = [(r, grid[1] - 1 - c if flip else c) for r, c in np.ndindex(*grid)]
+    return torch.tensor([(top + (r + 0.5) * height / grid[0], left + (c + 0.5) * width / grid[1]) for r, c in cells],
+                        dtype=torch.float64)
 
 # ------------------------------------------------------------------------------------------------ matching
 
@@ -891,17 +883,19 @@ def augment_one(x, **change):
                       sigma=values["sigma"].expand(N), solarise=(values["solarise"] > 0).expand(N))
     return gld.augment(gld.Views(*(field[:, None] for field in views)), 2.0)[0] * STD + MEAN
 
-def pictures(n=6, size=20, seed=0):
-    x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    x[0] = x[0].mean()                  # a grey picture: it has no hue
-    return (x * 255).round() / 255
-
 def test_every_colour_operation_equals_torchvisions_image_by_image():
-    x, close = pictures(), dict(rtol=0, atol=2e-5)
-    factor, shift = torch.tensor([0.6, 0.8, 1.0, 1.1, 1.3, 1.4]), torch.tensor([-0.1, -0.05, 0.02, 0.04, 0.1, 0.07])
-    for name, values in (("brightness", factor), ("contrast", factor), ("saturation", factor), ("hue", shift)):
-        expected = [getattr(TF, f"adjust_{name}")(image, v.item()) for image, v in zip(x, values)]
-        torch.testing.assert_close(augment_one(x, **{name: values}), torch.stack(expected), **close)
+    """Jitter with other factors for each image and in every order, then each of the other operations alone."""
+    x = torch.randint(256, (24, 3, 20, 20), generator=torch.manual_seed(0)) / 255
+    x[0], orders = 0.4, list(itertools.permutations(range(4)))                  # a grey picture: it has no hue
+    names = ("brightness", "contrast", "saturation", "hue")
+    values = torch.rand(4, 24, generator=torch.manual_seed(0)) * torch.tensor([[0.8, 0.8, 0.8, 0.2]]).T
+    values += torch.tensor([[0.6, 0.6, 0.6, -0.1]]).T
+    expected = list(x)
+    for i, op in ((i, op) for i, order in enumerate(orders) for op in order):
+        expected[i] = getattr(TF, f"adjust_{names[op]}")(expected[i], values[op, i].item())
+    found = augment_one(x, **dict(zip(names, values)), order=orders)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=3e-5)
+    x, close = x[:6], dict(rtol=0, atol=2e-5)
     sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0, 0.3])
     expected = [TF.gaussian_blur(image, [13, 13], [s.item()] * 2) for image, s in zip(x, sigma)]
     torch.testing.assert_close(augment_one(x, sigma=sigma), torch.stack(expected), **close)
@@ -912,27 +906,12 @@ def test_every_colour_operation_equals_torchvisions_image_by_image():
         torch.testing.assert_close(augment_one(x, **{name: half}), torch.where(pick, changed, x), **close)
     torch.testing.assert_close(augment_one(x), x, **close)
 
-def test_jitter_applies_its_operations_in_the_drawn_order():
-    x, expected, values = pictures(24, seed=1), [], (1.3, 0.7, 0.6, 0.08)
-    ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    orders = list(itertools.permutations(range(4)))
-    for image, order in zip(x, orders):
-        for op in order:
-            image = ops[op](image, values[op])
-        expected.append(image)
-    found = augment_one(x, brightness=1.3, contrast=0.7, saturation=0.6, hue=0.08, order=orders)
-    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=3e-5)
-
 def test_drawn_parameters_have_dinos_distribution():
     torch.manual_seed(0)
     image, n = torch.zeros(3, 75, 100, dtype=torch.uint8), 3000
-
-    def share(hits, expected):
-        assert abs(hits.double().mean() - expected) < 4 * math.sqrt(max(expected * (1 - expected), 1e-9) / n) + 1e-9
-
     for scale, blur, solarise in (((0.4, 1.0), 1.0, 0.0), ((0.4, 1.0), 0.1, 0.2), ((0.05, 0.4), 0.5, 0.0)):
-        views = [gld.draw_view(image, 2, scale, (0.1, 2.0), blur, solarise) for _ in range(n)]
-        views = gld.Views(*map(torch.stack, zip(*views)))
+        drawn = (gld.draw_view(image, 2, scale, (0.1, 2.0), blur, solarise) for _ in range(n))
+        views = gld.Views(*map(torch.stack, zip(*drawn)))
         top, left, height, width, flip = views.boxes.double().T
         assert (top >= 0).all() and (left >= 0).all() and (top + height <= 75).all() and (left + width <= 100).all()
         crop = torchvision.transforms.RandomResizedCrop(2, scale)
@@ -941,17 +920,15 @@ def test_drawn_parameters_have_dinos_distribution():
         for mine, torchs in pairs:
             error = 4 * (mine.var() / n + torchs.var() / n).sqrt()
             assert (mine.mean() - torchs.mean()).abs() < error and 0.9 < mine.std() / torchs.std() < 1.1
-        share(flip, 0.5), share(views.grey, 0.2), share(views.sigma > 0, blur), share(views.solarise, solarise)
         jittered = views.jitter[:, 3] != 0
-        share(jittered, 0.8)
-        for column, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1)):
-            values = views.jitter[jittered, column]
+        for hits, expected in ((flip, 0.5), (views.grey, 0.2), (views.sigma > 0, blur), (views.solarise, solarise),
+                               (jittered, 0.8), *((views.order[:, i] == op, 0.25) for i, op in np.ndindex(4, 4))):
+            assert abs(hits.double().mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / n) + 1e-9
+        for values, low, high in zip(views.jitter[jittered].T, (0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1)):
             assert low <= values.min() and values.max() <= high
             assert abs(values.mean() - (low + high) / 2) < 0.02 and abs(values.std() - (high - low) / 12 ** 0.5) < 0.02
         sigma = views.sigma[views.sigma > 0]
         assert 0.1 <= sigma.min() and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.15
-        for op, place in np.ndindex(4, 4):
-            share(views.order[:, place] == op, 0.25)
 
 def test_matched_patches_show_the_same_place_through_the_real_pipeline():
     """An image whose colours are its coordinates: what a patch shows says where it is."""
@@ -962,36 +939,33 @@ def test_matched_patches_show_the_same_place_through_the_real_pipeline():
     flips, matches = set(), 0
     for seed in range(10):
         torch.manual_seed(seed)
-        shown, grids, boxes = [], [], []                # per view: (patches, 2) the coordinates that its patches show
+        views = []                      # per view: the coordinates (patches, 2) that its patches show, grid, box
         for part in gld.crop_views(image, cfg):
-            v = len(part.crops)
-            plain = part._replace(jitter=torch.tensor([1.0, 1, 1, 0]).expand(v, 4), grey=torch.zeros(v, dtype=bool),
-                                  sigma=torch.zeros(v), solarise=torch.zeros(v, dtype=bool))
-            views = gld.augment(gld.Views(*(field[None] for field in plain)), 2.0)[:, 0] * STD + MEAN
-            shown += list(F.avg_pool2d(views[:, :2], 16).flatten(2).mT * torch.tensor([H, W]))
-            grids += [(part.crops.shape[-1] // 16,) * 2] * v
-            boxes += list(part.boxes)
-        assert len(boxes) == 8 and part.crops.dtype == torch.uint8
-        for v in range(8):
-            assert (shown[v] - midpoints(boxes[v], grids[v])).abs().max() < 1.5   # 8 bits of colour, and the edges
-            for q in range(2):
-                index, weight = geometric_matches(boxes[v], boxes[q], grids[v], grids[q])
-                cells = torch.stack([boxes[v][2:4] / grids[v][0], boxes[q][2:4] / grids[q][0]])
-                low, high = boxes[q][:2], boxes[q][:2] + boxes[q][2:4]
-                inside = ((shown[v] > low + 2) & (shown[v] < high - 2)).all(1)
-                apart = (shown[v] - shown[q][index]).abs()
+            assert part.crops.dtype == torch.uint8
+            grid = (part.crops.shape[-1] // 16,) * 2
+            plain = part._replace(jitter=torch.tensor([1.0, 1, 1, 0]).expand(len(part.crops), 4),
+                                  grey=part.grey & False, sigma=part.sigma * 0, solarise=part.solarise & False)
+            pixels = gld.augment(gld.Views(*(field[None] for field in plain)), 2.0)[:, 0] * STD + MEAN
+            shown = F.avg_pool2d(pixels[:, :2], 16).flatten(2).mT * torch.tensor([H, W])
+            views += [(place, grid, box) for place, box in zip(shown, part.boxes)]
+        assert len(views) == 8
+        for v, (place, grid, box) in enumerate(views):
+            assert (place - midpoints(box, grid)).abs().max() < 1.5             # 8 bits of colour, and the edges
+            for other_place, other_grid, other in views[:2]:
+                index, weight = geometric_matches(box, other, grid, other_grid)
+                cells = torch.stack([box[2:4] / grid[0], other[2:4] / other_grid[0]])
+                inside = ((place > other[:2] + 2) & (place < other[:2] + other[2:4] - 2)).all(1)
+                apart = (place - other_place[index]).abs()
                 assert (apart[inside] <= cells[1] / 2 + 3).all()                # 3: twice the 1.5 of above
                 assert (weight[inside] > 0).sum() >= inside.sum() - 1
                 assert (apart[weight > 0].norm(dim=1) < (cells / 2).norm(dim=1).max() + 5).all()
-                flips.add((v < 2, bool(boxes[v][4]), bool(boxes[q][4])))
+                flips.add((v < 2, bool(box[4]), bool(other[4])))
                 matches += int((weight > 0).sum())
     assert len(flips) == 8 and matches > 3500
 
 def test_views_depend_on_seed_epoch_and_image_only():
-    data = gld.ViewDataset(gld.Images(*gld.draw_shapes(8, 0), "shapes"), config())
-    (first, _), state = data[(3, 5)], torch.get_rng_state()
-    torch.rand(7)
-    again, _ = data[(3, 5)]
+    data = gld.ViewDataset(gld.Images(*gld.draw_shapes(8, 0), "shapes"), config("--batch-size", 4))
+    (first, _), state, _, (again, _) = data[(3, 5)], torch.get_rng_state(), torch.rand(7), data[(3, 5)]
     assert all(torch.equal(a, b) for one, other in zip(first, again) for a, b in zip(one, other))
     for other in (data[(4, 5)], data[(3, 6)], gld.ViewDataset(data.images, config("--seed", 1))[(3, 5)]):
         assert not torch.equal(first[0].boxes, other[0][0].boxes)
@@ -999,20 +973,21 @@ def test_views_depend_on_seed_epoch_and_image_only():
     assert torch.equal(torch.rand(3), (torch.set_rng_state(state), data[(0, 0)], torch.rand(3))[2])    # state is kept
     batches = []
     for world in (1, 2, 4):             # the same images in each step whatever the number of processes
-        cfg = config("--batch-size", 4)
-        loaders = [gld.make_loader(data.images, cfg, rank, world, range(1, 4), 2) for rank in range(world)]
+        loaders = [gld.make_loader(data.images, data.cfg, rank, world, range(1, 4), 2) for rank in range(world)]
         batches.append([torch.cat([views[0].boxes for views, _ in step]) for step in zip(*loaders)])
     assert all(torch.equal(a, b) for other in batches[1:] for a, b in zip(batches[0], other)) and len(batches[0]) == 3
 
 # ------------------------------------------------------------------------------------------------ images
 
-def save_odd_images(folder):
-    """One file of each awkward kind, all of the same picture; returns the picture (48, 64, 3)."""
+def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
+    """One file of each awkward kind, all of the same picture."""
+    folder = tmp_path / "data"
+    folder.mkdir()
     y, x = np.mgrid[:48, :64]
     rgb = np.stack([4 * y, 3 * x, 255 - 2 * x], -1).astype(np.uint8)
     picture, exif = Image.fromarray(rgb), Image.Exif()
     exif[0x0112] = 6                    # stored rotated: to be shown after a quarter turn clockwise
-    picture.save(folder / "plain.png")
+    grey = picture.convert("L")
     picture.save(folder / "plain.jpg", quality=95)
     picture.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(folder / "palette.png")
@@ -1020,48 +995,36 @@ def save_odd_images(folder):
     picture.save(folder / "plain.webp", lossless=True)
     picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(180)])
     picture.rotate(90, expand=True).save(folder / "rotated.jpg", exif=exif, quality=95)
-    picture.convert("L").save(folder / "grey.jpg", quality=95)
-    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
-    return rgb
-
-def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
-    (tmp_path / "data").mkdir()
-    rgb = save_odd_images(tmp_path / "data").astype(float)
-    grey = np.asarray(Image.fromarray(rgb.astype(np.uint8)).convert("L"), float)[..., None].repeat(3, 2)
-    for path in (tmp_path / "data").iterdir():
+    grey.save(folder / "grey.jpg", quality=95)
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "deep.png")
+    for path in folder.iterdir():
         image = gld.decode(path)
         assert image.shape == (3, 48, 64) and image.dtype == torch.uint8, path.name
-        expected = grey if path.stem in ("grey", "deep") else rgb
-        assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 6, path.name
+        expected = np.asarray(grey)[..., None] if path.stem in ("grey", "deep") else rgb
+        assert np.abs(image.permute(1, 2, 0).numpy() - expected.astype(float)).mean() < 6, path.name
     for size in ((1, 5000), (5000, 1), (1, 1)):
         save_pictures(tmp_path / "data" / f"{size}", 1, size)
     done = train_ok("--data data --preset small --data-fraction 1 --batch-size 6 --epochs 2", tmp_path)
     assert "cannot be read" not in done.stdout and not any(row["unreadable"] for row in log_of(tmp_path / "output"))
 
 def test_folders_their_classes_and_what_is_skipped(tmp_path):
-    for name in ("b/1.png", "a/2.PNG", "a/deep/3.png", "a/._2.png", ".cache/x.png", "a/.hidden/4.png"):
+    for name in ("b/1.png", "a/2.PNG", "a/deep/3.png", "a/._2.png", ".cache/x.png", "a/.hidden/4.png", "../c/5.png"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "set" / name, format="png")
-    (tmp_path / "elsewhere").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/5.png")
-    (tmp_path / "set/c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/c").symlink_to("../c")
     images = gld.load_images(str(tmp_path / "set"), "train")
     assert [os.path.relpath(images.name(i), tmp_path / "set") for i in range(len(images))] == [
         "a/2.PNG", "a/deep/3.png", "b/1.png", "c/5.png"]
     assert images.labels.tolist() == [0, 0, 1, 2] and images.items.dtype.kind == "S"
     assert gld.load_images(str(tmp_path / "set/a/deep"), "train").labels.tolist() == [0]
-    for data, words in ((HERE / ".ci", "no images"), (tmp_path / "nowhere", "not a folder .unpack archives first.")):
-        with pytest.raises(gld.BadInput, match=words):
-            gld.load_images(str(data), "train")
 
 @pytest.mark.parametrize("parts,data,refused", [
     (("Train", "Val"), "", True), (("imagenet/train", "imagenet/val"), "", True), (("val",), "", True),
     (("TEST", "a"), "", True), (("train/test",), "", False), (("train", "val"), "", False),
     (("train", "val"), "train", False), (("train", "val"), "val", False)])
 def test_validation_images_are_not_trained_on(tmp_path, parts, data, refused):
-    for part in parts:
-        save_pictures(tmp_path / "data" / part / "a", 1)
-        save_pictures(tmp_path / "data" / part / "b", 1)
+    for part, name in itertools.product(parts, "ab"):
+        save_pictures(tmp_path / "data" / part / name, 1)
     with pytest.raises(gld.BadInput, match="would also train on") if refused else contextlib.nullcontext():
         assert len(gld.load_images(str(tmp_path / "data" / data), "train")) == 2
 
@@ -1073,54 +1036,52 @@ def test_data_fraction_is_balanced_and_shapes_are_reproducible():
     assert np.array_equal(whole.items[:24], gld.draw_shapes(24, 0)[0]) and np.bincount(val.labels).min() > 50
     assert not {x.tobytes() for x in whole.items} & {x.tobytes() for x in val.items}
 
-def test_a_million_paths_cost_a_worker_little(tmp_path, monkeypatch):
+def test_many_paths_cost_a_worker_little(tmp_path, monkeypatch):
     """Little is copied into a worker that forks, nor sent to one that does not."""
-    names = [f"n0_{i:012}_photograph.JPEG".encode() for i in range(10 ** 6)]
-    walk = [(os.fsencode(tmp_path / "n0"), [], names)]
-    monkeypatch.setattr(os, "walk", lambda path, **kwargs: walk)
+    n = 2 * 10 ** 5
+    names = [f"n0_{i:012}_photograph.JPEG".encode() for i in range(n)]
+    monkeypatch.setattr(os, "walk", lambda path, **kwargs: [(os.fsencode(tmp_path / "n0"), [], names)])
     images = gld.load_images(str(tmp_path), "train")
-    assert len(images) == 10 ** 6 and images.name(7) == f"{tmp_path}/n0/{names[7].decode()}"
-    assert len(pickle.dumps(gld.ViewDataset(images, config()))) < 100e6
-    reader, writer = os.pipe()
-    if not os.fork():                   # a worker: it reads every third name, and tells how much memory became its own
+    assert len(images) == n and images.name(7) == f"{tmp_path}/n0/{names[7].decode()}"
+    assert len(pickle.dumps(gld.ViewDataset(images, config()))) < 100 * n
+
+    def worker():                       # reads every third name; how many kB of memory became its own?
         own = lambda: sum(map(int, re.findall(r"Private_\w+: +(\d+)", Path("/proc/self/smaps_rollup").read_text())))
         before = own()
-        for i in range(0, 10 ** 6, 3):
+        for i in range(0, n, 3):
             images.name(i), images.labels[i]
-        os.write(writer, str(own() - before).encode())
-        os._exit(0)
-    os.wait()
-    assert int(os.read(reader, 99)) < 50_000            # kB
+        sys.exit(own() - before > 10_000)
+
+    process = multiprocessing.get_context("fork").Process(target=worker)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_files_are_named_counted_and_replaced(tmp_path, workers):
     folder = tmp_path / "data"
-    save_pictures(folder, 800)
+    save_pictures(folder, 620)
     whole = (folder / "0000.png").read_bytes()
     bad = {"0001.png": whole[:len(whole) // 2], "0002.png": b"", "0003.png": b"text", "0004.png": b"\xff\xd8\xff\xe0",
            "0005.png": whole[:16] + b"\xff\xff\xff\xf0" * 2 + whole[24:]}       # the last: a decompression bomb
     for name, content in bad.items():
         (folder / name).write_bytes(content)
-    (folder / "0006.png").unlink()
-    (folder / "0006.png").symlink_to("nowhere")
-    options = "--data data --preset small --data-fraction 1 --epochs 2 --batch-size 40 --local-views 0"
-    done = train_ok(f"{options} --workers {workers}", tmp_path)
-    for name in (*bad, "0006.png"):
-        assert done.stdout.count(name) == 1, (name, done.stdout)                # named once, counted in each epoch
-    assert [row["unreadable"] for row in log_of(tmp_path / "output")] == [6, 6]
+    (folder / "broken.png").symlink_to("nowhere")
+    done = train_ok("--data data --preset small --data-fraction 1 --epochs 2 --batch-size 40 --local-views 0 "
+                    f"--workers {workers}", tmp_path)
+    assert all(done.stdout.count(name) == 1 for name in (*bad, "broken.png")), done.stdout    # named once,
+    assert [row["unreadable"] for row in log_of(tmp_path / "output")] == [6, 6]             # counted in each epoch
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, processes):
-    save_pictures(tmp_path / "data", 90)
+@pytest.mark.parametrize("processes,good", [(1, 90), (2, 90), (1, 0)])
+def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, processes, good):
+    save_pictures(tmp_path / "data", good)
     for i in range(10):
         (tmp_path / "data" / f"text{i}.jpg").write_text("not an image")
-    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 20", tmp_path, processes)
+    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size {good // 5 + 2} "
+               f"--workers {processes % 2}", tmp_path, processes)
     lines = [line for line in done.stderr.splitlines() if "gld.py: error" in line]
     assert done.returncode == 2 and len(lines) == 1 and "more than 1 %" in lines[0], done.stderr
-    for path in (tmp_path / "data").glob("*.png"):
-        path.unlink()
-    done = run(f"gld.py {QUICK} --data data --preset small --data-fraction 1 --batch-size 2 --workers 1", tmp_path)
-    assert done.returncode == 2 and "more than 1 %" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert processes > 1 or done.stderr.count("\n") == 1, done.stderr
 
 @bench
 def test_worker_against_pillow(capsys, request, tmp_path):
@@ -1131,7 +1092,7 @@ def test_worker_against_pillow(capsys, request, tmp_path):
     if request.config.getoption("markexpr") != "bench" or not archive.exists():
         pytest.skip("run it with -m bench -s")
     shutil.unpack_archive(archive, tmp_path)
-    cfg, images = config("--data", tmp_path), gld.load_images(str(tmp_path), "train")
+    images = gld.load_images(str(tmp_path), "train")
 
     def views(size, scale, blur, solarise):
         return T.Compose([
@@ -1141,21 +1102,16 @@ def test_worker_against_pillow(capsys, request, tmp_path):
             T.RandomSolarize(128, solarise), T.ToTensor(), T.Normalize(gld.PIXEL_MEAN, gld.PIXEL_STD)])
 
     recipe = [views(224, (0.4, 1), 1, 0), views(224, (0.4, 1), 0.1, 0.2)] + [views(96, (0.05, 0.4), 0.5, 0)] * 8
-    data = gld.ViewDataset(images, cfg)
-    ways = {"Pillow": lambda i: [view(Image.open(images.name(i)).convert("RGB")) for view in recipe],
-            "ours": lambda i: data[(0, i)]}
-    times = {name: [] for name in ways}
-    for _, (name, way) in itertools.product(range(3), ways.items()):
+    data, times = gld.ViewDataset(images, config("--data", tmp_path)), ([], [])
+    ways = (lambda i: [view(Image.open(images.name(i)).convert("RGB")) for view in recipe], lambda i: data[(0, i)])
+    for _, (way, measured) in itertools.product(range(3), zip(ways, times)):
         began = time.process_time()
         for i in range(len(images)):
             way(i)
-        times[name].append(1000 * (time.process_time() - began) / len(images))
-    median = {name: sorted(x)[1] for name, x in times.items()}
-    pixels = sum(np.prod(images.read(i).shape[1:]) for i in range(len(images))) / len(images)
+        measured.append(1000 * (time.process_time() - began) / len(images))
+    pillow, ours = np.median(times, 1)
     with capsys.disabled():
-        print(f"\n{len(images)} photographs of {pixels / 1e6:.2f} megapixels, 10 views, CPU ms per image:",
-              ", ".join(f"{name} {ms:.2f}" for name, ms in median.items()),
-              f"; Pillow / ours {median['Pillow'] / median['ours']:.1f}")
+        print(f"\n{len(images)} photographs, 10 views, CPU ms per image: Pillow {pillow:.2f}, ours {ours:.2f}")
 
 # ------------------------------------------------------------------------------------------------ networks
 
@@ -1172,8 +1128,7 @@ def test_every_backbone_at_both_sizes(arch):
     depths = [m.p for m in backbone.modules() if isinstance(m, gld.StochasticDepth)]
     assert not depths or depths[0] == 0 and math.isclose(depths[-1], 0.1) and depths == sorted(depths)
     if arch.startswith(("swin", "vit")):
-        expected = 0.2 if arch in ("swin_s", "swin_b") else 0.1
-        assert config("--preset", "paper", "--arch", arch).drop_path == expected
+        assert config("--preset", "paper", "--arch", arch).drop_path == (0.2 if arch in ("swin_s", "swin_b") else 0.1)
 
 @torch.no_grad()
 def test_swin_equals_torchvisions_at_224_and_the_official_one_on_small_grids():
@@ -1192,16 +1147,12 @@ def test_swin_equals_torchvisions_at_224_and_the_official_one_on_small_grids():
     attention.relative_position_bias_table.normal_()
     x, (heads, C) = torch.randn(2, 6, 6, 384), (12, 384)
     padded = torch.roll(F.pad(x, (0, 0, 0, 1, 0, 1)), (-3, -3), (1, 2)).view(2, 49, C)
-    regions = torch.zeros(7, 7)
-    slices = (slice(0, -7), slice(-7, -3), slice(-3, None))
-    for number, (rows, cols) in enumerate(itertools.product(slices, slices)):
-        regions[rows, cols] = number
-    regions = regions.view(49)
+    line = torch.tensor([0, 0, 0, 0, 1, 1, 1])          # a window of 7: what follows row 4 has come round
+    regions = (2 * line[:, None] + line).view(49)
     mask = torch.where(regions[None] == regions[:, None], 0.0, -100.0)
     q, k, v = attention.qkv(padded).view(2, 49, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
-    bias = attention.relative_position_bias_table[attention.relative_position_index]
-    bias = bias.view(49, 49, heads).permute(2, 0, 1)
-    weights = (q * (C // heads) ** -0.5 @ k.mT + bias + mask).softmax(-1)
+    bias = attention.relative_position_bias_table[attention.relative_position_index].view(49, 49, heads)
+    weights = (q * (C // heads) ** -0.5 @ k.mT + bias.permute(2, 0, 1) + mask).softmax(-1)
     expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 49, C)).view(2, 7, 7, C)
     torch.testing.assert_close(attention(x), torch.roll(expected, (3, 3), (1, 2))[:, :6, :6], rtol=1e-4, atol=1e-5)
     assert all(block.attn.shift_size == [0, 0] for block in ours.net.features[7])
@@ -1210,8 +1161,7 @@ def test_vit_starts_with_the_official_statistics():
     torch.manual_seed(0)
     net = gld.Backbone("vit_tiny").net
     for name, x in net.named_parameters():
-        linear = x.ndim == 2 or "class_token" in name or "pos_embedding" in name
-        if linear:
+        if x.ndim == 2 or "class_token" in name or "pos_embedding" in name:
             assert abs(x.std() / 0.02 - 1) < (0.2 if "class_token" in name else 0.05) and x.abs().max() <= 2, name
         elif "bias" in name and "conv_proj" not in name:
             assert (x == 0).all(), name
@@ -1220,16 +1170,19 @@ def test_vit_starts_with_the_official_statistics():
     backbone = gld.Backbone("vit_tiny", 64, 16)
     embedding = backbone.net.encoder.pos_embedding
     assert torch.equal(backbone.position_embedding(4, 4), embedding)
-    grid = embedding[0, 1:].T.view(1, 192, 4, 4)
-    plain = F.interpolate(grid, size=(2, 3), mode="bicubic", antialias=False).flatten(2).mT
-    torch.testing.assert_close(backbone.position_embedding(2, 3)[:, 1:], plain)
+    plain = F.interpolate(embedding[0, 1:].T.view(1, 192, 4, 4), size=(2, 3), mode="bicubic", antialias=False)
+    torch.testing.assert_close(backbone.position_embedding(2, 3)[:, 1:], plain.flatten(2).mT)
 
-def test_heads_and_schedules():
+def test_heads_stochastic_depth_and_schedules():
     for norm in (True, False):
         head = gld.Head(24, config("--norm-last-layer" if norm else "--no-norm-last-layer", "--out-dim", 20))
         torch.testing.assert_close(head(torch.randn(5, 24)).norm(dim=1), torch.ones(5))
         torch.testing.assert_close(head.weight().norm(dim=1), torch.ones(20))
         assert head.gain.requires_grad != norm
+    x, cfg = [torch.randn(2, 4, 3, 32, 32)], config("--arch", "vit_tiny", "--local-views", 0)
+    for drop_path in (0.5, 0.0):        # the student's and the teacher's
+        network = gld.Network(cfg, drop_path)
+        assert torch.equal(network(x).image_z, network(x).image_z) == (drop_path == 0)
     lr = [gld.cosine(1.0, 0.1, step, 100, 10) for step in range(101)]
     assert lr[0] == 0 and lr[9] == 1 and lr[10] == 1 and math.isclose(lr[100], 0.1) and max(lr) == 1
     assert all(a >= b for a, b in zip(lr[10:], lr[11:])) and math.isclose(lr[55], 0.55)
@@ -1239,25 +1192,14 @@ def test_heads_and_schedules():
     cfg.warmup_teacher_temp_epochs = 0
     assert gld.teacher_temp_at(0, cfg) == 0.07
 
-def test_backbone_pt_loads_into_torchvision(tmp_path):
-    options = "--max-steps 1 --batch-size 2 --global-size 64 --local-size 32"
-    for arch, make, head in (
-            ("swin_t", torchvision.models.swin_t, "head."), ("resnet50", torchvision.models.resnet50, "fc."),
-            ("vit_tiny", lambda: torchvision.models.VisionTransformer(64, 8, 12, 3, 192, 768), "heads.")):
-        train_ok(f"{options} --arch {arch} --output {arch}", tmp_path)
-        state = torch.load(tmp_path / arch / "backbone.pt", weights_only=True)
-        missing, unexpected = make().load_state_dict(state, strict=False)
-        assert not unexpected and missing and all(key.startswith(head) for key in missing)
-
 # ------------------------------------------------------------------------------------------------ training
 
 @pytest.mark.parametrize("matching", ["geometric", "similarity"])
 def test_two_processes_equal_one_with_the_same_command(tmp_path, matching):
-    """On a network without batch norm. Then one process resumes what two have begun."""
-    options = f"--matching {matching} --arch vit_tiny --drop-path 0 --batch-size 4"
-    train_ok(f"{options} --max-steps 1 --output one", tmp_path)
-    two = train_ok(f"{options} --max-steps 1 --output two", tmp_path, processes=2)
-    assert two.stdout.count("step 1 ") == 1             # one process prints
+    """On a network without batch norm. A batch that they cannot share is refused."""
+    options = f"--matching {matching} --arch vit_tiny --drop-path 0 --batch-size 4 --max-steps 1"
+    train_ok(f"{options} --output one", tmp_path)
+    assert train_ok(f"{options} --output two", tmp_path, processes=2).stdout.count("step 1 ") == 1      # one prints
     one, two = (log_of(tmp_path / name)[0] for name in ("one", "two"))
     for key in ("loss_image", "loss_patch", "grad_norm"):
         assert math.isclose(one[key], two[key], rel_tol=1e-5, abs_tol=1e-9), key
@@ -1265,41 +1207,21 @@ def test_two_processes_equal_one_with_the_same_command(tmp_path, matching):
     torch.testing.assert_close(a["centers"], b["centers"], rtol=1e-5, atol=1e-6)
     for key, state in a["optimizer"]["state"].items():  # after one step, exp_avg is a tenth of the gradient
         torch.testing.assert_close(state["exp_avg"], b["optimizer"]["state"][key]["exp_avg"], rtol=1e-3, atol=1e-6)
-    resumed = train_ok(f"{options} --max-steps 3 --output two", tmp_path)
-    assert "from step 1" in resumed.stdout
-    train_ok(f"{options} --max-steps 3 --output one", tmp_path)
-    one, two = (log_of(tmp_path / name)[1] for name in ("one", "two"))
-    assert one["step"] == two["step"] == 3
-    assert all(math.isclose(one[key], two[key], rel_tol=1e-4) for key in ("loss_image", "loss_patch"))
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
     done = run(f"gld.py {QUICK} --batch-size 5", tmp_path, processes=2)
-    assert done.codes == [2, 2] and done.stderr.count("\n") == 1
-    assert "--batch-size 5 cannot be shared equally by 2 processes; the next size that can is 6" in done.stderr
+    words = "--batch-size 5 cannot be shared equally by 2 processes; the next size that can is 6"
+    assert done.returncode == 2 and done.stderr.count(words) == 1, done.stderr
 
-@pytest.mark.parametrize("stop", [3, 30, 37])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
-    """Stopped in the middle of an epoch, at its end, and in the next one; 30 steps are an epoch."""
-    whole = tmp_path.parent / "whole"
+@pytest.mark.parametrize("stop,end,options", [
+    (3, 40, ""), (30, 40, ""), (37, 40, ""), (2, 4, "--arch vit_tiny --drop-path 0.5 --local-views 0 --batch-size 2")])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop, end, options):
+    """Stopped in the middle of an epoch of 30 steps, at its end, in the next one; and with layers dropped at random."""
+    options, whole = f"--epochs 2 {options}", tmp_path.parent / f"whole{end}"
     if not whole.exists():
-        train_ok(f"--epochs 2 --max-steps 40 --output {whole}", tmp_path)
-    train_ok(f"--epochs 2 --max-steps {stop} --output parts --workers 1", tmp_path)
-    done = train_ok("--epochs 2 --max-steps 40 --output parts --workers 1", tmp_path)
-    assert f"from step {stop}" in done.stdout
-    same_weights(checkpoint(whole), checkpoint(tmp_path / "parts"))
-    assert [row["step"] for row in log_of(tmp_path / "parts")] == sorted({stop, 30, 40})
-
-def test_stochastic_depth_is_the_same_after_a_resume(tmp_path):
-    """What the student drops is drawn in the main process: for each step anew, not from what was drawn before."""
-    options = "--arch vit_tiny --drop-path 0.5 --local-views 0 --batch-size 2"
-    train_ok(f"{options} --max-steps 4 --output whole", tmp_path)
-    for steps in (2, 4):
-        train_ok(f"{options} --max-steps {steps} --output parts", tmp_path)
-    same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    x = [torch.randn(2, 4, 3, 32, 32)]
-    student, teacher = (gld.Network(config(*options.split()), p) for p in (0.5, 0.0))
-    assert not torch.equal(student(x).image_z, student(x).image_z)
-    assert torch.equal(teacher(x).image_z, teacher(x).image_z)
+        train_ok(f"{options} --max-steps {end} --output {whole}", tmp_path)
+    train_ok(f"{options} --max-steps {stop} --workers 1", tmp_path)
+    assert f"from step {stop}" in train_ok(f"{options} --max-steps {end} --workers 1", tmp_path).stdout
+    same_weights(checkpoint(whole), checkpoint(tmp_path / "output"))
+    assert [row["step"] for row in log_of(tmp_path / "output")] == sorted({stop, min(30, end), end})
 
 def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeypatch):
     networks, batches = [], []
@@ -1318,20 +1240,19 @@ def test_one_step_moves_teacher_centres_and_weights_as_defined(tmp_path, monkeyp
     logits = (teacher.image_z @ teacher.image_weight.T, teacher.patch_z[0] @ teacher.patch_weight.T)
     means = torch.stack([x.flatten(0, 2).mean(0) for x in logits])
     torch.testing.assert_close(end["centers"], 0.1 * means, rtol=1e-4, atol=1e-6)
-    groups = end["optimizer"]["param_groups"]           # weight decay spares biases and norms
-    parameters = [p for p in start.parameters() if p.requires_grad]
-    assert len(groups[0]["params"]) == sum(p.ndim > 1 for p in parameters) and groups[0]["weight_decay"] > 0.039
-    assert len(groups[1]["params"]) == sum(p.ndim <= 1 for p in parameters) and groups[1]["weight_decay"] == 0
+    decayed, spared = end["optimizer"]["param_groups"]  # weight decay spares biases and norms
+    matrices = [p.ndim > 1 for p in start.parameters() if p.requires_grad]
+    assert len(decayed["params"]) == sum(matrices) and decayed["weight_decay"] > 0.039
+    assert len(spared["params"]) == len(matrices) - sum(matrices) and spared["weight_decay"] == 0
     assert not any(p.requires_grad or p.grad_fn for p in networks[1].parameters())      # the teacher: no autograd
     train_ok("--max-steps 1 --clip-grad 1e-3 --output clipped", tmp_path)
     states = checkpoint(tmp_path / "clipped")["optimizer"]["state"].values()    # exp_avg is a tenth of the gradient
     norms = torch.stack([state["exp_avg"].norm() for state in states])
     assert norms.max() < 1.0001e-4 and (norms > 0.999e-4).sum() > 10            # each parameter is clipped by itself
     train_ok("--no-norm-last-layer --max-steps 3 --freeze-last-layer 1 --output frozen", tmp_path)
-    end = checkpoint(tmp_path / "frozen")
+    end = checkpoint(tmp_path / "frozen")["student"]
     for name, value in start.named_parameters():
-        frozen = "head.direction" in name or "head.gain" in name
-        assert torch.equal(end["student"][name], value) == frozen, name
+        assert torch.equal(end[name], value) == ("head.direction" in name or "head.gain" in name), name
 
 def test_no_local_views_one_patch_grids_and_other_corners(tmp_path):
     for i, options in enumerate(("--local-views 0", "--local-size 8 --global-size 8", "--matching none --local-views 0",
@@ -1339,16 +1260,17 @@ def test_no_local_views_one_patch_grids_and_other_corners(tmp_path):
                                  "--blur-sigma 0.1 9")):        # a blur wider than a view
         train_ok(f"--max-steps 1 --output {i} {options}", tmp_path)
 
-def test_knn_while_training_is_logged_and_changes_nothing(tmp_path):
-    train_ok("--epochs 4 --eval-every 2 --output a", tmp_path)
-    train_ok("--epochs 4 --output b", tmp_path)
-    a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
-    same_weights(a, b)                  # batch norm statistics too
-    assert [row.get("knn") is not None for row in log_of(tmp_path / "a")] == [False, True, False, True]
+def test_knn_while_training_is_logged_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gld, "draw_shapes", lambda n, seed, f=gld.draw_shapes: f(n // 10, seed))
+    options = "--data-fraction 1 --epochs 2 --eval-every"       # 240 images, and 120 to evaluate
+    train_ok(f"{options} 2 --output a", tmp_path)
+    train_ok(f"{options} 0 --output b", tmp_path)
+    same_weights(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))        # batch norm statistics too
+    first, last = (row.get("knn") for row in log_of(tmp_path / "a"))
     run("eval_knn.py --checkpoint a/checkpoint.pt --k 20 --workers 0 --json knn.json", tmp_path)
     expected = json.loads((tmp_path / "knn.json").read_text())["a/checkpoint.pt"]["20-NN"][0]
-    assert math.isclose(log_of(tmp_path / "a")[3]["knn"], expected, abs_tol=0.01)
-    done = train_ok("--epochs 1 --eval-every 1 --output c", tmp_path, processes=2)
+    assert first is None and math.isclose(last, expected, abs_tol=0.01)
+    done = train_ok(f"{options} 1 --max-steps 30 --output c", tmp_path, processes=2)
     assert re.search(r"20-NN \d+\.\d %", done.stdout) and log_of(tmp_path / "c")[0]["knn"] > 0
     save_pictures(tmp_path / "flat", 20)
     done = run(f"gld.py {QUICK} --data flat --data-fraction 1 --preset small --eval-every 1 --output d", tmp_path)
@@ -1365,18 +1287,16 @@ def test_the_built_in_run_learns_and_does_not_warn(tmp_path):
     assert len(top1) == 2 and trained > max(top1.values()) + 10, (trained, top1)
 
 def test_a_collapse_is_seen(tmp_path):
-    done = train_ok("--lr 30 --epochs 2", tmp_path)
-    *lines, last = done.stdout.splitlines()
+    *lines, last = train_ok("--lr 30 --epochs 2", tmp_path).stdout.splitlines()
     assert last.startswith("WARNING: looks collapsed: the teacher's entropy is 2.7")
     assert sum("looks collapsed" in line for line in lines) == 1                # after the first epoch
     cfg = config("--warmup-epochs", 0, "--out-dim", 256)
     fine = dict(epoch=0, entropy=4.0, spread=0.5, knn=50.0)
-    for change, finished, words in ((dict(), True, None), (dict(entropy=5.52), False, "collapsed"),
-                                    (dict(entropy=0.05), False, "collapsed"), (dict(spread=0.0), False, "collapsed"),
-                                    (dict(entropy=math.nan), False, "collapsed"), (dict(knn=49.0), False, None),
-                                    (dict(knn=49.0), True, "20-NN fell from 50.0 to 49.0")):
-        found = gld.signs_of_collapse([fine, fine | change], cfg, finished)
-        assert (words in found) if words else found == "", (change, found)
+    for change in (dict(entropy=5.52), dict(entropy=0.05), dict(spread=0.0), dict(entropy=math.nan)):
+        assert "collapsed" in gld.signs_of_collapse([fine, fine | change], cfg, False), change
+    worse = [fine, fine | dict(knn=49.0)]
+    assert "20-NN fell from 50.0 to 49.0" in gld.signs_of_collapse(worse, cfg, True)
+    assert gld.signs_of_collapse(worse, cfg, False) == gld.signs_of_collapse([fine, fine], cfg, True) == ""
     cfg.warmup_epochs = 1               # at the start, all outputs may be alike
     assert gld.signs_of_collapse([fine | dict(entropy=5.54)], cfg, False) == ""
 
@@ -1391,12 +1311,10 @@ def test_compiled_networks_train_and_save_the_same(tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("more", ["", "--precision fp16", "--compile", "--arch swin_t --global-size 64 --local-size 32"]
-                         )
-def test_training_and_evaluation_run_on_a_gpu(tmp_path, more):
-    options = f"--device cuda --local-views 2 --workers 2 {more}"
-    train_ok(f"{options} --max-steps 3", tmp_path)
-    train_ok(f"{options} --max-steps 6", tmp_path)
+@pytest.mark.parametrize("add", ["", "--precision fp16", "--compile", "--arch swin_t --global-size 64 --local-size 32"])
+def test_training_and_evaluation_run_on_a_gpu(tmp_path, add):
+    for steps in (3, 6):
+        train_ok(f"--device cuda --local-views 2 --workers 2 --max-steps {steps} {add}", tmp_path)
     log = log_of(tmp_path / "output")
     assert len(log) == 2 and all(math.isfinite(row["loss_image"] + row["loss_patch"]) for row in log)
     assert run("eval_knn.py --device cuda --k 5 --linear", tmp_path).returncode == 0
@@ -1405,131 +1323,95 @@ def test_training_and_evaluation_run_on_a_gpu(tmp_path, more):
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
     """SIGKILL to the process (its workers notice by themselves) at two random moments. 15 steps are an epoch."""
-    options = f"gld.py {QUICK} --batch-size 16 --workers 1 --epochs 12"
+    options = f"gld.py {QUICK} --batch-size 16 --epochs 4"
     assert run(f"{options} --output whole", tmp_path).returncode == 0
-    moments = np.random.default_rng(int(time.time()))
-    for kill in range(2):
-        process = launch(f"{options} --output parts", tmp_path)
-        wait_for(process, "step 1 " if kill == 0 else "from step")
-        time.sleep(moments.uniform(0, 2))
+    path, moments = tmp_path / "parts/checkpoint.pt", np.random.default_rng(int(time.time()))
+    for words, workers in (("step 1 ", 1), ("from step", 0)):
+        process = launch(f"{options} --workers {workers} --output parts", tmp_path)
+        wait_for(process, words)
+        time.sleep(moments.uniform(0, 1))
         process.kill()
         process.communicate()
-        if kill == 0:                   # as if killed while it wrote
-            (tmp_path / "parts/checkpoint.tmp").write_bytes(b"half of a checkpoint")
-        path = tmp_path / "parts/checkpoint.pt"
         assert not path.exists() or torch.load(path, weights_only=True)["step"] % 15 == 0
+        path.with_suffix(".tmp").write_bytes(b"half of a checkpoint")           # as if killed while it wrote
     assert run(f"{options} --output parts", tmp_path).returncode == 0
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert {"backbone.pt", "checkpoint.pt", "log.jsonl"} == {x.name for x in (tmp_path / "parts").iterdir()}
+    assert {"backbone.pt", "checkpoint.pt", "log.jsonl"} == {x.name for x in path.parent.iterdir()}
     steps = [[row["step"] for row in log_of(tmp_path / name)] for name in ("whole", "parts")]
-    assert steps[0] == steps[1] == list(range(15, 181, 15))                     # no line twice
+    assert steps[0] == steps[1] == list(range(15, 61, 15))                      # no line twice
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, number):
-    """To the whole process group, as a scheduler or a terminal sends it: DataLoader workers must not die of it."""
-    process = launch(f"gld.py {QUICK} --workers 1 --epochs 50", tmp_path)
-    wait_for(process, "step 1 ")
-    os.killpg(process.pid, number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == gld.STOPPED == 75 and "Traceback" not in said, said
-    assert said.count("stopping after this step; Ctrl-C again quits now") == 1 and "rerun the same command" in said
+@pytest.mark.parametrize("starter,number", [("one process", signal.SIGTERM), ("one process", signal.SIGINT),
+                                            ("torchrun", signal.SIGINT), ("Slurm", signal.SIGTERM)])
+def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, starter, number):
+    """To whole process groups: DataLoader workers must not die of it. Several processes stop at one step."""
+    command = f"gld.py {QUICK} --workers 1 --epochs 50"
+    if starter == "Slurm":
+        started = [launch(command, tmp_path, env=os.environ | variables) for variables in variables_of_ranks(2)]
+    else:
+        started = [launch(command, tmp_path, processes=2 if starter == "torchrun" else 1)]
+    wait_for(started[0], "step 1 ")
+    below = [pid for process in started for child in children(process.pid) for pid in (child, *children(child))]
+    for process in started:
+        os.killpg(process.pid, number)
+    said = started[0].communicate(timeout=60)[0]
+    codes = [process.wait(60) for process in started]
+    assert all(codes)
+    if starter != "torchrun":
+        assert set(codes) == {gld.STOPPED} == {75} and "Traceback" not in said, said
+        assert said.count("stopping after this step; Ctrl-C again quits now") == (starter == "one process")
     step = checkpoint(tmp_path / "output")["step"]
-    assert 1 <= step < 1500
+    assert said.count(f"stopped on request: saved at step {step}; rerun the same command") == 1 and 1 <= step < 1500
+    assert len(below) >= len(started) and not any(Path(f"/proc/{pid}").exists() for pid in below)
     assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
 
 def test_a_second_ctrl_c_quits(tmp_path, monkeypatch):
-    def two_signals(*args, f=gld.distillation_loss, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return f(*args, **kwargs)
-
-    monkeypatch.setattr(gld, "distillation_loss", two_signals)
+    monkeypatch.setattr(gld, "distillation_loss", lambda *args, **kwargs: [
+        os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     done = run(f"gld.py {QUICK}", tmp_path)
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
 
-def test_a_signal_to_torchrun_stops_all_processes_together(tmp_path):
-    """Stopped in the middle of an epoch, all processes at one step; one process finishes the job."""
-    process = launch(f"gld.py {QUICK} --epochs 50", tmp_path, processes=2)
-    wait_for(process, "step 1 ")
-    started = [pid for child in children(process.pid) for pid in (child, *children(child))]
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
-    step = checkpoint(tmp_path / "output")["step"]
-    assert said.count(f"stopped on request: saved at step {step}") == 1 and process.returncode, said
-    assert len(started) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in started)
-    assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
-
-def test_processes_started_by_slurm_exit_with_75(tmp_path):
-    """The variables of the script in NOTES.md, and SIGTERM to every process, workers too."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        variables = dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="localhost", MASTER_PORT=port)
-        processes.append(launch(f"gld.py {QUICK} --workers 1 --epochs 50", tmp_path, env=os.environ | variables))
-    wait_for(processes[0], "step 1 ")
-    for process in processes:
-        os.killpg(process.pid, signal.SIGTERM)
-    said = processes[0].communicate(timeout=60)[0]
-    assert [process.wait(60) for process in processes] == [75, 75] and "stopped on request: saved" in said
-
 @pytest.mark.parametrize("where", ["patch loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkeypatch, where):
-    """Patched for one process of two: the loss, or a gradient. Nothing may have moved since the step before."""
-    networks, seen, state = [], [], {}
+    """The loss, or a gradient, of one process of two at its third step. Nothing may have moved since the second."""
+    networks, seen, before = [], [], []
     monkeypatch.setattr(gld, "Network", lambda *args, make=gld.Network: networks.append(make(*args)) or networks[-1])
-
-    def parameters(centers):
-        return {f"{i}.{k}": v for i, net in enumerate(networks) for k, v in net.named_parameters()} | dict(c=centers)
+    values = lambda: [seen[0], *networks[0].parameters(), *networks[1].parameters()]        # seen: the centres
 
     def poisoned(student, teacher, centers, *args, f=gld.distillation_loss, **kwargs):
         loss, image_loss, patch_loss = f(student, teacher, centers, *args, **kwargs)
         seen.append(centers)
         if len(seen) == 3:
-            state.update({name: value.clone() for name, value in parameters(centers).items()})
-            if os.environ["RANK"] == "1" and where == "gradient":
-                student.image_z.register_hook(lambda grad: grad * math.nan)
-            elif os.environ["RANK"] == "1":
-                patch_loss = patch_loss * math.nan
+            before.extend(x.clone() for x in values())
+            factor = math.nan if os.environ["RANK"] == "1" else 1
+            if where == "gradient":
+                student.image_z.register_hook(lambda grad: grad * factor)
+            else:
+                patch_loss = patch_loss * factor
         return loss, image_loss, patch_loss
 
     def main(argv, f=gld.main):
-        code = f(argv)
-        assert len(seen) == 3 and all(torch.equal(value, state[name]) for name, value in parameters(seen[0]).items())
-        print("untouched", flush=True)
-        return code
+        return f(argv), len(seen), all(map(torch.equal, values(), before))
 
     monkeypatch.setattr(gld, "distillation_loss", poisoned)
     monkeypatch.setattr(gld, "main", main)
     done = run(f"gld.py {QUICK}", tmp_path, processes=2)
-    assert done.codes == [1, 1] and f"{where} nan" in done.stderr, done.stdout + done.stderr
-    assert done.stdout.count("untouched") == 2
+    assert done.stderr.count("(1, 3, True)") == 2 and f"{where} nan" in done.stderr, done.stdout + done.stderr
     assert "stopped at step 2, lr 0" in done.stderr and not (tmp_path / "output/checkpoint.pt").exists()
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
     """No file may grow past 50 kB, as if the disk were full there; then the disk has room again."""
-    options = f"gld.py {QUICK} --epochs 2"
     train_ok("--epochs 2 --max-steps 30", tmp_path)
     before = (tmp_path / "output/checkpoint.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    full = launch(options, tmp_path, preexec_fn=limit)
+    full = launch(f"gld.py {QUICK} --epochs 2", tmp_path, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)))
     said = full.communicate(timeout=120)[0]
     assert full.returncode == 1 and said.count("cannot write output/ at step 60") == 1, said
     assert (tmp_path / "output/checkpoint.pt").read_bytes() == before and "epoch 1 step 60" in said
     assert {path.name for path in (tmp_path / "output").iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
     assert "from step 30" in train_ok("--epochs 2", tmp_path).stdout
-    calls, write = [], torch.save       # the second save works where the first did not, and the run ends well
-
-    def full_at_first(content, file):
-        calls.append(file)
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
-        write(content, file)
-
-    monkeypatch.setattr(torch, "save", full_at_first)
-    done = train_ok("--epochs 2 --output again", tmp_path)
-    assert done.stderr.count("No space left on device") == 1
+    no_space = OSError(28, "No space left on device")   # only at first: then the run ends well
+    monkeypatch.setattr(torch, "save", mock.Mock(wraps=torch.save, side_effect=[no_space, *[mock.DEFAULT] * 9]))
+    assert train_ok("--epochs 2 --output again", tmp_path).stderr.count("No space left on device") == 1
     same_weights(checkpoint(tmp_path / "again"), checkpoint(tmp_path / "output"))
 
 def test_a_dead_worker_ends_the_run(tmp_path):
@@ -1553,26 +1435,23 @@ def test_a_dead_rank_ends_the_job_and_torchrun_restarts_it(tmp_path):
 
 def test_a_program_with_a_dataloader_left_over_ends():
     """Python joins the workers that are left at its exit: they must go when told so."""
-    code = f"""
-import sys, signal; sys.path.insert(0, {str(HERE)!r})
-signal.alarm = lambda seconds, f=signal.alarm: f(2)
-import gld
-cfg = gld.parse_arguments(["--workers", "1"])
-left = iter(gld.make_loader(gld.load_images("shapes", "train", 0.1), cfg, 0, 1, range(50), 7))
-next(left)
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    code = """if True:
+        import gld, signal
+        signal.alarm = lambda seconds, f=signal.alarm: f(2)
+        images = gld.load_images("shapes", "train", 0.1)
+        left = iter(gld.make_loader(images, gld.parse_arguments(["--workers", "1"]), 0, 1, range(50), 7))
+        next(left)"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=60).returncode == 0
 
 def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypatch):
     """By a clock that moves on by 1000 s whenever an image is read."""
-    clock, now, read = [0], time.perf_counter, gld.Images.read
     fast = train_ok("--local-views 0 --epochs 9 --max-steps 31", tmp_path)
-    seconds = re.findall(r"step 30 .* (\d+):(\d+):(\d+) left", fast.stdout)[0]
-    assert int(seconds[0]) * 3600 + int(seconds[1]) * 60 + int(seconds[2]) < 5          # one step is left, not 240
+    assert re.search(r"step 30 .* 0?0:00:0[0-4] left", fast.stdout)             # one step is left, not 240
+    clock, now = [0], time.perf_counter
 
-    def slowly(images, i):
+    def slowly(images, i, f=gld.Images.read):
         clock[0] += 1000
-        return read(images, i)
+        return f(images, i)
 
     monkeypatch.setattr(gld.Images, "read", slowly)
     monkeypatch.setattr(time, "perf_counter", lambda: now() + clock[0])
@@ -1581,21 +1460,17 @@ def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypat
 
 # ------------------------------------------------------------------------------------------------ bad input
 
-REFUSED = {
-    "--matching nearest": "--matching", "--arch vgg": "--arch", "--epochs 0": "must be from 1 to 1e+09, got [0]",
-    "--lr nan": "--lr must be", "--lr -1": "--lr", "--lr abc": "--lr", "--teacher-temp 0": "--teacher-temp",
-    "--out-dim 1": "--out-dim", "--warmup-teacher-temp -1": "--warmup-teacher-temp", "--max-steps -1": "--max-steps",
+REFUSED = {options: options.split()[0] for options in (    # the line must name the flag
+    "--matching nearest|--arch vgg|--lr nan|--lr -1|--lr abc|--teacher-temp 0|--out-dim 1|--warmup-teacher-temp -1|"
+    "--max-steps -1|--local-scale 0 0.4|--local-size 0|--data-fraction 0|--data-fraction 1.5|--drop-path 1|--unknown|"
+    "--warmup-epochs 5 --epochs 3|--batch-size 5000|--precision fp16|--impl triton|--teacher-momentum 1.1|--workers -1|"
+    f"--output {__file__}|--output {__file__}/below|--output /proc/nowhere|--batch_size 4|--blur-sigma 0 1|"
+    "--eval-every -2|--profile 5").split("|")}
+REFUSED |= {
+    "--epochs 0": "must be from 1 to 1e+09, got [0]", "--global-size 33": "multiples of 8", "--device cuda": "CUDA",
     "--global-scale 0.9 0.4": "--global-scale must be from 1e-09 to 1, the lower value first, got [0.9, 0.4]",
-    "--local-scale 0 0.4": "--local-scale", "--global-size 33": "multiples of 8", "--local-size 0": "--local-size",
-    "--data-fraction 0": "--data-fraction", "--data-fraction 1.5": "--data-fraction", "--drop-path 1": "--drop-path",
-    "--warmup-epochs 5 --epochs 3": "--warmup-epochs", "--batch-size 5000": "--batch-size", "--data nowhere": "nowhere",
-    "--device cuda": "CUDA", "--precision fp16": "--precision fp16", "--impl triton": "--impl triton",
-    "--teacher-momentum 1.1": "--teacher-momentum", "--workers -1": "--workers", "--init-from nowhere.pt": "nowhere.pt",
-    f"--output {__file__}": "--output", f"--output {__file__}/below": "--output", "--output /proc/nowhere": "--output",
-    f"--data {__file__}": "unpack archives first", "--data .": "no images", "--unknown": "--unknown",
-    "--batch_size 4": "--batch_size", "--blur-sigma 0 1": "--blur-sigma", "--eval-every -2": "--eval-every",
-    "--profile 5": "--profile",
-}
+    "--data nowhere": "nowhere: not a folder (unpack archives first)", "--init-from nowhere.pt": "nowhere.pt",
+    f"--data {__file__}": "unpack archives first", "--data .": "no images"}
 
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options):
@@ -1609,10 +1484,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, op
 
 def test_the_paper_preset_and_its_defaults(tmp_path):
     save_pictures(tmp_path / "data", 20)
-    options = "--arch conv_tiny --global-size 32 --local-size 16 --preset paper --max-steps 1"
-    done = train_ok(f"--data data --data-fraction 1 {options} --output a", tmp_path)
-    assert ("on a CPU, --preset paper takes minutes" in done.stdout) == (DEVICE == "cpu")
-    assert "20 images of data" in done.stdout
+    options = "--data data --data-fraction 1 --arch conv_tiny --global-size 32 --local-size 16 --preset paper"
+    done = train_ok(f"{options} --max-steps 1", tmp_path)
+    assert "on a CPU, --preset paper takes minutes" in done.stdout and "20 images of data" in done.stdout
     small, paper = config(), config("--data", tmp_path / "data")
     assert (small.preset, small.batch_size, small.drop_path, small.eval_every) == ("small", 32, 0, 1)
     assert (paper.preset, paper.batch_size, paper.drop_path, paper.eval_every) == ("paper", 256, 0.1, 0)
@@ -1623,8 +1497,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     train_ok("--max-steps 1", tmp_path)
     save_pictures(tmp_path / "data", 240)
     before = (tmp_path / "output/checkpoint.pt").read_bytes()
-    for options, words in (("--data data --data-fraction 1 --preset small", "--data data: not the images"),
-                           ("--data data --data-fraction 1", "--data data: not the images"), ("--seed 1", "--seed"),
+    for options, words in (("--data data --data-fraction 1", "--data data: not the images"), ("--seed 1", "--seed"),
                            ("--preset paper --arch conv_tiny --global-size 32 --local-size 16",
                             "--preset: paper here, but output/checkpoint.pt was made with small"),
                            ("--matching none", "--matching"), ("--out-dim 128", "--out-dim"), ("--lr 1", "--lr"),
@@ -1633,9 +1506,8 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         done = run(f"gld.py {QUICK} --max-steps 2 {options}", tmp_path)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (options, done.stderr)
     assert (tmp_path / "output/checkpoint.pt").read_bytes() == before
-    assert "from step 1;" in train_ok("--max-steps 1", tmp_path).stdout         # nothing is left to do
-    done = train_ok("--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3", tmp_path)
-    assert "from step 1;" in done.stdout                # the same values, given again
+    for same in ("--max-steps 1", "--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3"):
+        assert "from step 1;" in train_ok(same, tmp_path).stdout                # nothing to do; the same values, given
     train_ok("--max-steps 1 --matching none --no-resume", tmp_path)
     assert len(log_of(tmp_path / "output")) == 1        # a new run has a new log
 
@@ -1646,29 +1518,27 @@ class Hostile:
 def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
-    torch.save({"student": Hostile()}, "output/checkpoint.pt")
+    for name, content in {"output/checkpoint.pt": {"student": Hostile()}, "tensor.pt": torch.zeros(3),
+                          "empty.pt": {"options": {}}, "numbers.pt": {"student": 1, "teacher": 2},
+                          "odd.pt": {"options": dict(arch="os.system", global_size=32, patch_size=8), "teacher": {}},
+                          "cut.pt": {"student": {"weight": torch.zeros(1000)}}}.items():
+        torch.save(content, name)
+    os.truncate("cut.pt", 2000)
     Path("pickle.pt").write_bytes(pickle.dumps(Hostile()))
     Path("text.pt").write_text("hello")
-    torch.save(torch.zeros(3), "tensor.pt")
-    torch.save({"options": {}}, "empty.pt")
-    torch.save({"options": {"arch": "os.system", "global_size": 32, "patch_size": 8}, "teacher": {}}, "odd.pt")
-    torch.save({"student": 1, "teacher": 2}, "numbers.pt")
-    whole = io.BytesIO()
-    torch.save({"student": {"weight": torch.zeros(1000)}}, whole)
-    Path("cut.pt").write_bytes(whole.getvalue()[:2000])
     assert gld.main([]) == 2 and gld.main(["--init-from", "pickle.pt", "--no-resume"]) == 2
     for name in ("output/checkpoint.pt", "pickle.pt", "text.pt", "tensor.pt", "empty.pt", "odd.pt", "cut.pt"):
         assert eval_knn.main(["--checkpoint", name]) == 2, name
     for name in ("tensor.pt", "empty.pt", "numbers.pt", "cut.pt"):
         assert gld.main(["--init-from", name, "--no-resume", "--output", "other"]) == 2, name
-        Path("output/checkpoint.pt").write_bytes(Path(name).read_bytes())
+        shutil.copy(name, "output/checkpoint.pt")
         assert gld.main([]) == 2, name
     assert not Path("harmed").exists()
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
-@pytest.mark.parametrize("queries", [1, 32, 101])
-def test_knn_equals_the_definition_in_float64(queries, monkeypatch):
+@pytest.mark.parametrize("queries,temperature", [(1, 0.07), (32, 1e-3), (101, 0.07)])
+def test_knn_equals_the_definition_in_float64(queries, temperature, monkeypatch):
     """Features in float16 whose similarities have no ties in float32, though products in float16 would have many."""
     monkeypatch.setattr(eval_knn, "CHUNK_BYTES", 4 * 300 * 7)    # seven queries at a time
     g = torch.Generator().manual_seed(queries)
@@ -1677,22 +1547,16 @@ def test_knn_equals_the_definition_in_float64(queries, monkeypatch):
     labels, truth = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (queries,), generator=g)
     exact = val.double() @ train.double().T
     assert all(len(row.unique()) == 300 for row in exact) and len((val @ train.T)[0].unique()) < 30
-    for k, found in eval_knn.knn(train, labels, val, truth, [1, 3, 10, 999], 0.07).items():
+    for k, found in eval_knn.knn(train, labels, val, truth, [1, 3, 10, 999], temperature).items():
         top1 = top5 = 0
         for similarity, label in zip(exact, truth.tolist()):
-            votes = {}
+            votes = {}                  # a class without votes is not in the top 5; at 1e-3, exp(similarity) overflows
             for i in similarity.argsort(descending=True)[:k].tolist():
-                votes[labels[i].item()] = votes.get(labels[i].item(), 0) + math.exp(similarity[i] / 0.07)
+                vote = math.exp((similarity[i] - similarity.max()) / temperature)
+                votes[labels[i].item()] = votes.get(labels[i].item(), 0) + vote
             ranked = sorted(votes, key=votes.get, reverse=True)[:5]
             top1, top5 = top1 + (ranked[0] == label), top5 + (label in ranked)
         assert np.allclose(found, (100 * top1 / queries, 100 * top5 / queries), atol=1e-3, rtol=0), k
-
-def test_top5_counts_no_class_without_votes_and_small_temperatures_do_not_overflow():
-    train, labels, val, truth = torch.eye(6), torch.arange(6), torch.eye(6)[:2], torch.tensor([0, 3])
-    for temperature in (0.07, 1e-3):
-        assert eval_knn.knn(train, labels, val, truth, [1], temperature)[1] == (50, 50)
-    tilted = F.normalize(train[:1] + torch.tensor([0, 0.5, 0.4, 0.3, 0.2, 0.1]), dim=1)    # five classes of six count
-    assert eval_knn.knn(train, labels, tilted, torch.tensor([5]), [5, 6], 0.07) == {5: (0, 0), 6: (0, 0)}
 
 def test_linear_probe_learns_what_is_linear():
     g = torch.Generator().manual_seed(0)
@@ -1717,15 +1581,16 @@ def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
     for name in runs:
         train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {name[:-1]} "
                  f"--seed {name[-1]} --output {name}", tmp_path)
-    files = " ".join(f"{name}/checkpoint.pt" for name in runs)
-    command, found = f"eval_knn.py --checkpoint {files} --k 5 --linear --matches --untrained --batch-size 4", []
+    files = [f"{name}/checkpoint.pt" for name in runs]
+    command = f"eval_knn.py --checkpoint {' '.join(files)} --k 5 --linear --matches --untrained --batch-size 4"
+    found = []
     for processes in (1, 2):
         done = run(f"{command} --workers 0 --json t.json", tmp_path, processes)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((tmp_path / "t.json").read_text()))
         for method in ("5-NN", "linear"):
-            top1 = np.reshape([found[0][f"{name}/checkpoint.pt"][method][0] for name in runs], (2, 2))
-            for label, x in (("geometric", top1[0]), ("none", top1[1]), ("geometric - none", top1[0] - top1[1])):
+            geometric, none = np.reshape([found[0][file][method][0] for file in files], (2, 2))
+            for label, x in (("geometric", geometric), ("none", none), ("geometric - none", geometric - none)):
                 row = next(line for line in done.stdout.splitlines() if line.startswith(f"{label}, 2 seeds"))
                 assert f"{method} {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})" in row
     accuracy = "correspondence accuracy"
@@ -1769,11 +1634,12 @@ FILES = {  # kind: network, image size, other people's names for its keys, what 
     "DINO ViT": ("vit_tiny", 64, VIT | PREFIX, lambda x: dict(teacher=x | HEAD, epoch=1)),
     "timm ViT": ("vit_tiny", 64, VIT, lambda x: x | {"head.weight": torch.zeros(2, 2)})}
 
-def save_weights(kind, path):
-    """Write a file of this kind. Returns: its network and its keys as plain torchvision would name them."""
-    arch, _, names, wrap = FILES[kind]
+@pytest.mark.parametrize("kind", FILES)
+def test_foreign_weights_load_strictly_and_start_a_run(tmp_path, kind):
+    """Nothing moves at these rates. The views are larger than the file's, so a ViT's position embedding is resized."""
+    arch, size, names, wrap = FILES[kind]
     torch.manual_seed(0)
-    backbone = gld.Backbone(arch, 64, 16).eval()
+    backbone, path, x = gld.Backbone(arch, 64, 16).eval(), tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
     for parameter in backbone.parameters():    # none may be zero or one, or a mistaken rename could go unseen
         torch.nn.init.normal_(parameter, std=0.1)
     state = {}
@@ -1782,66 +1648,54 @@ def save_weights(kind, path):
             key = re.sub(ours, theirs, key)
         state[key] = value.view(49, 49) if key.endswith("position_index") else value
     torch.save(wrap(state), path)
-    return backbone, state
-
-@pytest.mark.parametrize("kind", FILES)
-def test_foreign_weights_load_strictly(tmp_path, kind):
-    arch, size, _, wrap = FILES[kind]
-    path, x = tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
-    backbone, state = save_weights(kind, path)
     found, image_size, options = eval_knn.load_backbone(path)
     assert (found.arch, found.patch_size, image_size) == (arch, 16, size) and options.get("global_size", size) == size
-    for ours, theirs in zip(backbone(x), found(x)):
-        torch.testing.assert_close(ours, theirs)
-    if kind == "checkpoint.pt":
-        student = eval_knn.load_backbone(path, "student")[0]
-        assert all(torch.equal(a, -b) for a, b in zip(student.parameters(), backbone.parameters()))
+    torch.testing.assert_close(found(x), backbone(x))
+
+    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
+    command = (f"{frozen} --arch {arch} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 --max-steps 1 "
+               "--init-from file.pt")
+    assert "weights from file.pt (new heads)" in train_ok(command, tmp_path).stdout
+    end = checkpoint(tmp_path / "output")
+    for key, value in backbone.net.named_parameters():
+        value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
+        sign = -1 if kind == "checkpoint.pt" else 1             # in this file, the student is minus the teacher
+        assert torch.equal(end["teacher"][f"backbone.net.{key}"], value), key
+        assert torch.equal(end["student"][f"backbone.net.{key}"], sign * value), key
+    assert all(torch.equal(value, end["teacher"][key]) for key, value in end["student"].items() if "_head." in key)
+    if arch != "conv_tiny":             # what a run writes loads into torchvision's network
+        vit = torchvision.models.VisionTransformer(96, 16, 12, 3, 192, 768)
+        network = vit if arch == "vit_tiny" else getattr(torchvision.models, arch)()
+        written = torch.load(tmp_path / "output/backbone.pt", weights_only=True)
+        missing, unexpected = network.load_state_dict(written, strict=False)
+        assert not unexpected and missing and all(key.startswith(("head", "fc.")) for key in missing)
+    other = "resnet50" if arch.startswith("vit") else "vit_tiny"
+    done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
+    assert done.returncode == 2 and f": error: --init-from file.pt: a {arch} does not fit --arch {other}" in done.stderr
+
     last = [key for key in state if key.endswith("weight")][-1]
     for changed in ({key: state[key] for key in state if key != last}, state | {f"{last}.extra": torch.zeros(1)}):
         torch.save(wrap(changed), path)
         with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
             eval_knn.load_backbone(path, flag="--init-from")
 
-@pytest.mark.parametrize("kind", FILES)
-def test_a_run_starts_from_foreign_weights(tmp_path, kind):
-    """Nothing moves at these rates. The views are larger than the file's, so a ViT's position embedding is resized."""
-    backbone, _ = save_weights(kind, tmp_path / "file.pt")
-    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
-    command = (f"{frozen} --arch {backbone.arch} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 "
-               "--max-steps 1 --init-from file.pt")
-    assert "weights from file.pt (new heads)" in train_ok(command, tmp_path).stdout
-    end = checkpoint(tmp_path / "output")
-    for key, value in backbone.net.named_parameters():
-        value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
-        sign = -1 if kind == "checkpoint.pt" else 1             # in this file, the student is minus the teacher
-        for name, expected in (("teacher", value), ("student", sign * value)):
-            assert torch.equal(end[name][f"backbone.net.{key}"], expected), (name, key)
-    heads = [key for key in end["student"] if "_head." in key]
-    assert all(torch.equal(end["student"][key], end["teacher"][key]) for key in heads)
-    other = "resnet50" if backbone.arch.startswith("vit") else "vit_tiny"
-    done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"--init-from file.pt: a {backbone.arch} does not fit --arch {other}" in done.stderr
-
 def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
     train_ok("--max-steps 2 --output a", tmp_path)
-    frozen = "--max-steps 1 --lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
-    done = train_ok(f"{frozen} --init-from a/checkpoint.pt --output b", tmp_path)
+    command = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1 --init-from a/checkpoint.pt"
+    done = train_ok(f"{command} --max-steps 1 --output b", tmp_path)
     assert "weights from a/checkpoint.pt (with its heads)" in done.stdout
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
     for name in ("student", "teacher"):
-        assert b["step"] == 1 and all(torch.equal(a[name][key], b[name][key]) for key in a[name]
+        assert b["step"] == 1 and all(torch.equal(value, b[name][key]) for key, value in a[name].items()
                                       if "running" not in key and "num_batches" not in key)
-    done = train_ok(f"{frozen} --max-steps 2 --init-from a/checkpoint.pt --output b", tmp_path)
+    done = train_ok(f"{command} --max-steps 2 --output b", tmp_path)
     assert "from step 1" in done.stdout and "weights from" not in done.stdout           # the same command resumes
-    for options in ("--init-from a/checkpoint.pt --out-dim 32", "--init-from a/checkpoint.pt --matching none",
-                    "--init-from a/backbone.pt"):
-        assert "(new heads)" in train_ok(f"{frozen} {options} --no-resume --output c", tmp_path).stdout
+    for options in ("--out-dim 32", "--matching none", "--init-from a/backbone.pt"):
+        done = train_ok(f"{command} {options} --max-steps 1 --no-resume --output c", tmp_path)
+        assert "(new heads)" in done.stdout
 
-def places(size=200):
-    """(3, size, size) uint8: the red and the green of a pixel are its x and its y; the blue is full."""
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    return torch.stack([x, y, 0 * x + 255]).to(torch.uint8)
+y, x = np.mgrid[:200, :200]             # the red and the green of a pixel are its x and its y; the blue is full
+PLACES = torch.from_numpy(np.stack([x, y, 0 * x + 255]).astype(np.uint8))
 
 class Knows(torch.nn.Module):
     """A backbone whose patch features tell the patch's position in the crop, or the place that its colours encode."""
@@ -1852,14 +1706,12 @@ class Knows(torch.nn.Module):
         self.what = what
 
     def forward(self, x):
-        if self.what == "position":
-            n = (x.shape[-1] // 8) ** 2
-            return x.mean((2, 3)), torch.eye(n).expand(len(x), n, n)
         place = F.avg_pool2d(x, 8)[:, :2].flatten(2).mT * 0.45    # (N, P, 2)
-        return x.mean((2, 3)), torch.cat([place.cos(), place.sin()], -1)
+        position = torch.eye(place.shape[1]).expand(len(x), -1, -1)
+        return x.mean((2, 3)), position if self.what == "position" else torch.cat([place.cos(), place.sin()], -1)
 
 def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
-    images = gld.Images(places().permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "places")
+    images = gld.Images(PLACES.permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "places")
     shares = functools.partial(eval_knn.match_shares, images=images, size=64, scale=(0.4, 1), device="cpu")
     found = shares(Knows("position"))
     assert found["same position"] == 100 and found["neither"] == 0
@@ -1874,7 +1726,7 @@ def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
 @pytest.mark.parametrize("what", [None, "place", "position"])
 def test_the_picture_joins_patches_that_show_the_same_place(what):
     """What the picture shows inside two joined patches says where they are in the image."""
-    picture, lines = eval_knn.show_matches(places(), what and Knows(what), 64)
+    picture, lines = eval_knn.show_matches(PLACES, what and Knows(what), 64)
     n, picture = 8 if what else 7, np.asarray(picture).astype(float)
 
     def place(midpoint):
@@ -1895,17 +1747,16 @@ def test_the_picture_joins_patches_that_show_the_same_place(what):
 def test_the_picture_on_the_command_line(tmp_path):
     save_pictures(tmp_path / "plain", 2, (60, 90))
     save_pictures(tmp_path / "split/val", 1)
-    show = "eval_knn.py --workers 0 --show-matches"
-    for data in ("plain", "plain/0001.png", "split", "shapes"):
-        done = run(f"{show} {Path(data).stem}.png --data {data}", tmp_path)
-        assert done.returncode == 0 and "--checkpoint FILE" in done.stdout, done.stderr
     torch.save(gld.Backbone("conv_tiny").net.state_dict(), tmp_path / "backbone.pt")
-    done = run(f"{show} b.png --checkpoint backbone.pt --data shapes", tmp_path)
-    assert done.returncode == 0 and "similarity by backbone.pt" in done.stdout, done.stderr
     (tmp_path / "text.png").write_text("no image")
+    for options, words in (("a.png --data plain", "--checkpoint FILE"), ("b.png --data split", "--checkpoint FILE"),
+                           ("c.png --data plain/0001.png", "--checkpoint FILE"),
+                           ("d.png --checkpoint backbone.pt --data shapes", "similarity by backbone.pt")):
+        done = run(f"eval_knn.py --workers 0 --show-matches {options}", tmp_path)
+        assert done.returncode == 0 and words in done.stdout and (tmp_path / options[:5]).exists(), done.stderr
     before = sorted(tmp_path.iterdir())
-    for wrong in ("nowhere/a.png", "a.xyz", "a.png --checkpoint nowhere.pt", "a.png --data text.png"):
-        done = run(f"{show} {wrong}", tmp_path)
+    for wrong in ("nowhere/a.png", "a.xyz", "e.png --checkpoint nowhere.pt", "e.png --data text.png"):
+        done = run(f"eval_knn.py --workers 0 --show-matches {wrong}", tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, (wrong, done.stderr)
     assert sorted(tmp_path.iterdir()) == before
 
