@@ -37,14 +37,13 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     wrong shape or grid, and, on the CPU, for boxes that are not finite or have no area. Source: the official code.
     """
     _check_geometry((student_boxes, teacher_boxes), (student_grid, teacher_grid))
-    # boxes are few: float64 costs nothing
     s_top, s_left, s_height, s_width, s_flip = student_boxes.double().unsqueeze(-2).unbind(-1)   # each (..., 1)
     t_top, t_left, t_height, t_width, t_flip = teacher_boxes.double().unsqueeze(-2).unbind(-1)
     (s_rows, s_cols), (t_rows, t_cols) = student_grid, teacher_grid
 
     def nearest_cell(cell, s_start, s_size, s_cells, t_start, t_size, t_cells):
         """Along one axis: the teacher cell that holds a student cell's midpoint; the distance of the two midpoints."""
-        # measured from t_start in teacher cells; written with one division, so that integer boxes give exact ties
+        # in teacher cells from t_start; one division in float64, so that integer boxes give exact ties
         at = ((2 * cell + 1) * s_size + 2 * s_cells * (s_start - t_start)) * t_cells / (2 * s_cells * t_size)
         nearest = at.floor().clamp(0, t_cells - 1)
         return nearest, (at - nearest - 0.5) * t_size / t_cells
@@ -142,9 +141,9 @@ class _LinearLogSumExp(torch.autograd.Function):
         return top - p.gather(-1, k).log()                             # (N, 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         z, w, p = ctx.saved_tensors
+        p = F.softmax(z @ w.T, dim=-1) if torch.is_grad_enabled() else p        # create_graph=True: p with its graph
         return upstream * (p @ w), p.T @ (upstream * z)
 
 def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, *, student_temp, teacher_temp,
@@ -421,8 +420,9 @@ class _TritonLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():             # create_graph=True
+            raise RuntimeError("the Triton loss cannot be differentiated twice; impl='torch' can")
         grad_weight, *grads = ctx.saved_tensors
         grads = [grad if grad is None else torch.mul(grad, (upstream * scale)[None], out=torch.empty_like(grad))
                  for grad, scale in zip(grads, ctx.scales)]             # out: a small factor is no float16

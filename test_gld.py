@@ -551,15 +551,18 @@ def test_head_loss_equals_the_definition(impl, matches):
 @each_impl
 def test_second_derivatives_are_right_or_refused(impl):
     (s, t, c), boxes = case(K=5)
-    w, options = torch.randn(5, 5, device=DEVICE), dict(impl=impl, **TEMPS, **boxes)
-    if impl == "torch":                 # of ready logits only
-        loss = functools.partial(local_cross_entropy, teacher_logits=t.double(), center=c, **options)
-        assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
-    for weights in [(w, w)] + [(None, None)] * (impl == "triton"):  # the heads' loss, that of ready logits
-        leaf = s.clone().requires_grad_()
-        loss = head_cross_entropy(leaf, weights[0], t, weights[1], c, **options)
-        with pytest.raises(RuntimeError, match="once_differentiable"):      # squared: the upstream needs a gradient
-            torch.autograd.grad(loss ** 2, leaf, create_graph=True)[0].sum().backward()
+    w = torch.randn(5, 5, dtype=torch.float64, device=DEVICE)
+    for weights in ((w, w), (None, None)):              # the heads' loss, that of ready logits
+        def loss(z, dtype=torch.float64):
+            last_layers = [x if x is None else x.to(dtype) for x in weights]
+            return head_cross_entropy(z, last_layers[0], t.to(dtype), last_layers[1], c, impl=impl, **TEMPS, **boxes)
+
+        if impl == "torch":
+            assert torch.autograd.gradgradcheck(loss, s.double().requires_grad_())
+        else:
+            leaf = s.clone().requires_grad_()
+            with pytest.raises(RuntimeError, match="differentiated twice"):
+                torch.autograd.grad(loss(leaf, torch.float32), leaf, create_graph=True)
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter")
