@@ -37,7 +37,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="FILE", help="(output/checkpoint.pt); other people's: see this file")
     add("--data", help="folder with train/ and val/, shapes, cifar10 (default: the checkpoint's data set)")
-    add("--untrained", action="store_true", help="also evaluate random initialisation, and raw pixels")
+    add("--untrained", action="store_true", help="also evaluate random init and raw pixels (always for shapes)")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=0.07, help="temperature of the neighbours' votes")
     add("--weights", choices=("teacher", "student"), default="teacher", help="which network of a checkpoint.pt")

@@ -583,7 +583,7 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     assert (torch.stack([ds[row] for row in rows]).double() / 2 ** 14 - grad).norm() < 1e-2 * grad.norm()
 
 def bytes_moved(B, K, D=256, student=170, teacher=98):
-    """A model of what the local loss of 2 + 8 views moves on a GPU with `head_cross_entropy`, forward and backward."""
+    """A model of what the patch loss of 2 + 8 views moves on a GPU with `head_cross_entropy`, forward and backward."""
     chunks = math.ceil(B / max(1, 2 ** 29 // ((teacher + 98) * K * 2)))
     s, t, layer = B * student * K * 2, B * teacher * K * 2, K * D               # float16 logits; elements of a layer
     kernels = 3 * t + 3 * s + 4 * t                     # in each of two passes, each of two sizes reads the teacher
