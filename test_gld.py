@@ -1463,7 +1463,7 @@ REFUSED |= {
 
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options):
-    if torch.cuda.is_available() and REFUSED[options] in ("CUDA", "--precision fp16", "--impl triton"):
+    if torch.cuda.is_available() and options in ("--device cuda", "--precision fp16", "--impl triton"):
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
