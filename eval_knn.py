@@ -54,9 +54,10 @@ def parse_arguments(argv=None):
     cfg.checkpoint = cfg.checkpoint or ([] if cfg.show_matches else ["output/checkpoint.pt"])  # a picture needs none
     return cfg
 
-def load_backbone(path, weights="teacher", flag="--checkpoint"):
-    """File -> (backbone, image size, options of its run or {}). Raises BadInput naming `flag` if a key does not fit."""
-    state = load_file(path, flag)
+def load_backbone(path, weights="teacher", flag="--checkpoint", content=None):
+    """File (or its content, if it is loaded already) -> (backbone, image size, options of its run or {}). Raises
+    BadInput naming `flag` if a key does not fit."""
+    state = content or load_file(path, flag)
     options = state.get("options", {})
     for key in (weights, "state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
@@ -290,8 +291,9 @@ def show_matches(image, backbone=None, size=224, scale=GLOBAL_SCALE):
 
 def save_picture(path, data, name, backbone, size, options):
     """Write `show_matches` of --data if it is an image, else of its first image, of val/ where there is one."""
+    images = None if Path(data).is_file() else load_images(data, "val")         # raises BadInput itself
     with blame(f"--data {data}: cannot be read"):
-        image = decode(data) if Path(data).is_file() else load_images(data, "val").read(0)
+        image = images.read(0) if images else decode(data)
     with blame(f"--show-matches {path}"):
         show_matches(image, backbone, size, options.get("global_scale", GLOBAL_SCALE))[0].save(path)
     print(f"wrote {path} " + (f"(similarity by {name})" if name else "(--checkpoint FILE adds similarity matching)"))

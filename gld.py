@@ -905,7 +905,8 @@ def initialise(cfg, student, teacher):
     import eval_knn                                         # here, since it imports this file
     content = load_file(cfg.init_from, "--init-from")
     for name, network in (("student", student), ("teacher", teacher)):
-        backbone, *_ = eval_knn.load_backbone(cfg.init_from, name if content.get(name) else "teacher", "--init-from")
+        weights = name if content.get(name) else "teacher"
+        backbone, *_ = eval_knn.load_backbone(cfg.init_from, weights, "--init-from", content)
         state = backbone.net.state_dict()
         if "encoder.pos_embedding" in state:
             side = cfg.global_size // cfg.patch_size
@@ -914,8 +915,7 @@ def initialise(cfg, student, teacher):
             network.backbone.net.load_state_dict(state)
         heads = {key: x for key, x in content.get(name, {}).items() if "_head." in key}
         own = {key: x.shape for key, x in network.state_dict().items() if "_head." in key}
-        fit = own == {key: x.shape for key, x in heads.items()}
-        if fit:
+        if fit := own == {key: x.shape for key, x in heads.items()}:
             network.load_state_dict(heads, strict=False)
     return f", weights from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
 
