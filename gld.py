@@ -20,7 +20,8 @@ method is DINO.
     M       crops, v * B of them                     K    output dimension of a head ("prototypes")
     box     where a view was cropped: (top, left, height, width, flip), pixels of the original image
 
-Read from top to bottom. After "the paper ends here" come processes, image files, checkpoints, log and error handling.
+Part I is the paper: views, networks, loss, training. Read it from top to bottom. Part II is what it calls: options,
+augmentation, backbones, images, checkpoints, k-NN evaluation, log, processes and errors.
 """
 import argparse
 import contextlib
@@ -28,10 +29,10 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-import traceback
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -53,78 +54,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from matching_kernels import geometric_matches, head_cross_entropy, similarity_matches
 
-ARCHS = ("conv_tiny", "vit_tiny", "vit_small", "vit_base", "swin_t", "swin_s", "swin_b", "resnet50")
 STUDENT_TEMP = 0.1
 CENTER_MOMENTUM = 0.9
-PIXEL_MEAN = (0.485, 0.456, 0.406)      # of ImageNet
-PIXEL_STD = (0.229, 0.224, 0.225)
+MAX_SKIPPED = 20                    # so many steps in a row may overflow in fp16 before the run ends
+STOPPED = 75                        # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
 
-class Option(NamedTuple):
-    """A command-line flag."""
-    name: str
-    small: object                       # default of --preset small
-    paper: object                       # default of --preset paper
-    allowed: tuple                      # names, or (lowest, highest), or None
-    meaning: str
-    resumable: bool = False             # may change when a run is resumed
-
-    def flag(self):
-        return "--" + self.name.replace("_", "-")
-
-NOT_NEGATIVE = (0, 1e9)
-FRACTION = (1e-9, 1)
-WORKERS = min(os.cpu_count() or 1, 10)
-OPTIONS = (
-    Option("data", "shapes", "shapes", None, "folder of images, or a built-in dataset: shapes, cifar10"),
-    Option("data_fraction", 1.0, 1.0, FRACTION, "use this fraction of each class, always the same images"),
-    # views
-    Option("global_size", 32, 224, (1, 9999), "side of a global view, pixels"),
-    Option("local_size", 16, 96, (1, 9999), "side of a local view, pixels"),
-    Option("local_views", 4, 8, (0, 99), "L, number of local views per image"),
-    Option("global_scale", [0.4, 1.0], [0.4, 1.0], FRACTION, "crop scale of a global view (fraction of the area)"),
-    Option("local_scale", [0.1, 0.4], [0.05, 0.4], FRACTION, "crop scale of a local view (fraction of the area)"),
-    Option("blur_sigma", [0.1, 0.5], [0.1, 2.0], (1e-9, 99), "range of the Gaussian blur's sigma, pixels"),
-    # networks
-    Option("arch", "conv_tiny", "swin_t", ARCHS, "backbone: " + ", ".join(ARCHS)),
-    Option("patch_size", 8, 16, (1, 999), "patch size of a ViT, pixels"),
-    Option("drop_path", 0.0, -1.0, (-1, 0.999), "student's stochastic depth; -1: 0.2 for swin_s, swin_b, else 0.1"),
-    Option("out_dim", 256, 65536, (2, 1e9), "K, output dimension of a head"),
-    Option("head_hidden", 128, 2048, (1, 1e6), "hidden width of a head"),
-    Option("head_bottleneck", 64, 256, (1, 1e6), "D, width before the last layer of a head"),
-    Option("norm_last_layer", True, False, None, "fix the weight-norm magnitude of the last layer at 1"),
-    Option("init_from", "", "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
-    # the loss
-    Option("matching", "geometric", "geometric", ("geometric", "similarity", "none"),
-           "which patches match: geometric, similarity, or none (no patch loss: DINO)"),
-    Option("hinge", True, True, None, "geometric matching: mask patches without a teacher patch close by"),
-    Option("teacher_temp", 0.04, 0.07, (1e-6, 1e6), "teacher temperature"),
-    Option("warmup_teacher_temp", 0.04, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
-    Option("warmup_teacher_temp_epochs", 0, 30, NOT_NEGATIVE, "epochs of linear warm-up of the teacher temperature"),
-    # optimisation
-    Option("epochs", 10, 300, (1, 1e9), "passes over the data"),
-    Option("batch_size", 32, 256, (1, 1e6), "images per step, over all processes"),
-    Option("lr", 1.6e-2, 5e-4, (0, 1e6), "learning rate per 256 images of the batch"),
-    Option("min_lr", 1e-6, 1e-6, (0, 1e6), "learning rate at the end (cosine)"),
-    Option("warmup_epochs", 1.0, 10.0, NOT_NEGATIVE, "linear warm-up of the learning rate"),
-    Option("weight_decay", 0.04, 0.04, (0, 1e6), "weight decay at the start"),
-    Option("weight_decay_end", 0.4, 0.4, (0, 1e6), "weight decay at the end (cosine)"),
-    Option("clip_grad", 3.0, 3.0, NOT_NEGATIVE, "largest gradient norm of each parameter; 0: any"),
-    Option("freeze_last_layer", 0, 1, NOT_NEGATIVE, "epochs in which the last layer of the heads is frozen"),
-    Option("teacher_momentum", 0.99, 0.996, (0, 1), "momentum of the EMA teacher at the start (cosine to 1)"),
-    Option("seed", 0, 0, (0, 2 ** 32), "random seed"),
-    # the run: these may change when it is resumed
-    Option("output", "output", "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl", True),
-    Option("resume", True, True, None, "resume from OUTPUT/checkpoint.pt if it exists", True),
-    Option("save_every", 1, 1, (1, 1e9), "epochs between checkpoints", True),
-    Option("eval_every", -1, -1, (-1, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0", True),
-    Option("max_steps", 0, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all", True),
-    Option("workers", WORKERS, WORKERS, (0, 999), "DataLoader workers per process", True),
-    Option("precision", "auto", "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype", True),
-    Option("compile", False, False, None, "torch.compile the networks", True),
-    Option("impl", "auto", "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py", True),
-    Option("device", "auto", "auto", ("auto", "cpu", "cuda"), "auto: cuda if available", True),
-)
-
+# ==================================================================================== part I: the paper starts here
 # ------------------------------------------------------------------------------------------------ views and boxes
 
 class Views(NamedTuple):
@@ -143,6 +78,7 @@ def crop_views(image, cfg):
                     for blur_p, solarise_p in ((1.0, 0.0), (0.1, 0.2))]
     local_views = [draw_view(image, cfg.local_size, cfg.local_scale, cfg.blur_sigma, blur_p=0.5, solarise_p=0.0)
                    for _ in range(cfg.local_views)]
+    # a list of views -> one `Views`: field by field, stacked
     return [Views(*map(torch.stack, zip(*views))) for views in (global_views, local_views) if views]
 
 def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
@@ -159,6 +95,452 @@ def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
         grey=torch.tensor(grey_u < 0.2),
         sigma=torch.tensor(sigma if blur_u < blur_p else 0.0),
         solarise=torch.tensor(solarise_u < solarise_p))
+
+# ------------------------------------------------------------------------------------------------ networks
+
+class Head(nn.Module):
+    """Features (..., C) -> unit vectors z (..., D). The logits are z @ weight().T, with a weight-normalised layer."""
+
+    def __init__(self, width, cfg):
+        super().__init__()
+        hidden, bottleneck = cfg.head_hidden, cfg.head_bottleneck
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
+        self.direction = nn.Parameter(torch.empty(cfg.out_dim, bottleneck).uniform_(-1, 1) / bottleneck ** 0.5)
+        self.gain = nn.Parameter(torch.ones(cfg.out_dim, 1), requires_grad=not cfg.norm_last_layer)
+        for layer in self.mlp[::2]:                                             # the linear ones
+            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)  # official: 0.02, at width 2048
+            nn.init.zeros_(layer.bias)
+
+    def weight(self):
+        """(K, D): the last layer. Its direction and its magnitude (`gain`) are separate parameters (weight norm)."""
+        return self.gain * F.normalize(self.direction, dim=-1)
+
+    def forward(self, x):
+        return F.normalize(self.mlp(x).float(), dim=-1)
+
+class Outputs(NamedTuple):
+    """What the loss needs of a network."""
+    image_z: torch.Tensor           # (V, B, 1, D) bottleneck of the image head (the teacher's: Q views)
+    patch_z: list                   # per size of view: (v, B, N, D) bottleneck of the patch head
+    features: list                  # per size of view: (v, B, N, C) the backbone's patch features
+    image_weight: torch.Tensor      # (K, D) last layer of the image head
+    patch_weight: torch.Tensor      # (K, D) last layer of the patch head; None without one
+
+class Network(nn.Module):
+    """Backbone, image head and (unless matching is none) patch head. The student is one, the teacher another."""
+
+    def __init__(self, cfg, drop_path=0.0):
+        super().__init__()
+        self.backbone = Backbone(cfg.arch, cfg.global_size, cfg.patch_size, drop_path)      # torchvision's, below
+        self.image_head = Head(self.backbone.width, cfg)
+        self.patch_head = Head(self.backbone.width, cfg) if cfg.matching != "none" else None
+
+    def forward(self, views):
+        """views: a list with one tensor (v, B, 3, S, S) per size of view, the global ones first."""
+        image_z, patch_z, features = [], [], []
+        for x in views:
+            image, patches = self.backbone(x.flatten(0, 1))                                 # (M, C), (M, N, C)
+            image = image.unflatten(0, x.shape[:2])                                         # (v, B, C)
+            patches = patches.unflatten(0, x.shape[:2])                                     # (v, B, N, C)
+            image_z.append(self.image_head(image[:, :, None]))                              # (v, B, 1, D)
+            if self.patch_head is not None:
+                patch_z.append(self.patch_head(patches))                                    # (v, B, N, D)
+                features.append(patches.detach())
+        patch_weight = self.patch_head.weight() if self.patch_head is not None else None
+        return Outputs(torch.cat(image_z), patch_z, features, self.image_head.weight(), patch_weight)
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+def patch_midpoints(box, grid):
+    """Where the patches of a view lie: (N, 2), y and x of their midpoints in the original image, pixels."""
+    (top, left, height, width, flip), (rows, cols) = box, grid
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")        # (rows, cols) each
+    if flip:
+        col = cols - 1 - col                                # a flipped view shows its last column first
+    y = top + (row + 0.5) * height / rows
+    x = left + (col + 0.5) * width / cols
+    return torch.stack([y, x], dim=-1).flatten(0, 1)
+
+def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
+    """For each student patch: the index of the teacher patch with the nearest midpoint, and its weight, 1 or 0."""
+    distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
+    nearest, match = distance.min(dim=1)                                                    # (Ns,) each
+    half_diagonals = [torch.hypot(box[2] / rows, box[3] / cols) / 2
+                      for box, (rows, cols) in ((student_box, student_grid), (teacher_box, teacher_grid))]
+    weight = nearest < max(half_diagonals) if hinge else torch.ones_like(nearest)
+    return match, weight.to(distance.dtype)
+
+def patch_loss_definition(student, teacher, center, boxes, grids, teacher_temp, hinge=True):
+    """The patch loss with geometric matching, written as the paper defines it, to be read and to test others against.
+
+    Args: student: V logits (B, N, K), one per view. teacher: Q logits (B, N, K). center: (K,). boxes: (V, B, 5).
+    grids: V pairs (rows, cols).
+    """
+    pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
+    losses = []
+    for q, v in pairs:
+        target = F.softmax((teacher[q] - center) / teacher_temp, dim=-1)                    # (B, Nt, K)
+        log_p = F.log_softmax(student[v] / STUDENT_TEMP, dim=-1)                            # (B, Ns, K)
+        for b in range(len(target)):
+            match, weight = nearest_patches(boxes[v, b], boxes[q, b], grids[v], grids[q], hinge)
+            cross_entropy = -(target[b, match] * log_p[b]).sum(-1)                          # (Ns,)
+            losses.append((weight * cross_entropy).mean())
+    return sum(losses) / len(losses)
+
+def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
+    """The loss of the paper, a pure function. Returns: loss, image_loss, patch_loss.
+
+        image_loss = mean over pairs of views (q, v) of CE(T(q), S(v))
+        patch_loss = mean over pairs of views (q, v) and patches n of w_n * CE(T(q, m(n)), S(v, n))
+        loss = (image_loss + patch_loss) / 2; with matching none, loss = image_loss
+
+    T = softmax((teacher logits - centre) / teacher_temp), S = softmax(student logits / 0.1), CE(t, s) = -sum t * log s.
+    A pair is a teacher view q and another student view v of the same image. m(n) is the teacher patch that matches
+    student patch n. With geometric matching, it is the patch whose midpoint is nearest in the image. w_n is 1 if the
+    two midpoints are closer than half the diagonal of the larger of the two patches. Otherwise n is masked: w_n is 0,
+    but n still counts in the mean. See `geometric_matches`. With similarity matching, w_n is 1.
+
+    The centre is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
+    for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
+
+    Args:
+        student, teacher: Outputs for all V views, and for the Q = 2 global ones.
+        centers: (2, K), of the image head and of the patch head (K,) each; with matching none (1, K).
+        boxes: (V, B, 5). grids: (rows, cols) of the patches, per size of view. impl: see matching_kernels.py.
+        hinge: False: no patch is masked, every w_n is 1. (The official code's name for this hard 0/1 mask.)
+    """
+    pairs = 2 * (len(student.image_z) - 1)          # each of the 2 teacher views with all views but itself
+    common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
+    image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
+                                    centers[0], **common) / pairs
+    if matching == "none":
+        return image_loss, image_loss, torch.zeros_like(image_loss)
+    if matching == "geometric":
+        match_by = dict(student_boxes=boxes, student_grid=grids[:len(student.patch_z)],
+                        teacher_boxes=boxes[:2], teacher_grid=grids[0], hinge=hinge)
+    else:
+        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])     # (v, Q, B, N)
+                               for features in student.features])
+    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
+                                    centers[1], **match_by, **common) / pairs
+    return (image_loss + patch_loss) / 2, image_loss, patch_loss
+
+@torch.no_grad()
+def mean_logits(teacher):
+    """(heads, K): the teacher's mean logits over views, images and patches, for the centres. The last layer is linear,
+    so the mean is taken before it, where it is cheap."""
+    means = [teacher.image_weight @ teacher.image_z.mean((0, 1, 2))]
+    if teacher.patch_z:
+        means.append(teacher.patch_weight @ teacher.patch_z[0].mean((0, 1, 2)))
+    return torch.stack(means)
+
+# ------------------------------------------------------------------------------------------------ training
+
+def cosine(start, end, step, steps, warmup=0):
+    """A schedule at `step`: linear from 0 to `start` over `warmup` steps, then half a cosine to `end` at `steps`."""
+    if step < warmup:
+        return start * step / max(1, warmup - 1)            # as np.linspace(0, start, warmup): the last is `start`
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+def teacher_temp_at(epoch, cfg):
+    """Linear from --warmup-teacher-temp to --teacher-temp in --warmup-teacher-temp-epochs, then constant."""
+    if epoch >= cfg.warmup_teacher_temp_epochs:
+        return cfg.teacher_temp
+    progress = epoch / max(1, cfg.warmup_teacher_temp_epochs - 1)               # as np.linspace, too
+    return cfg.warmup_teacher_temp + progress * (cfg.teacher_temp - cfg.warmup_teacher_temp)
+
+@torch.no_grad()
+def clip_gradients(grads, limit):
+    """Scale each gradient by itself to a norm of at most `limit` (0: any), in place. The same values as those of
+    `clip_grad_norm_`, called for one parameter after another, with an eighth of its launches on a GPU. Returns: the
+    norm of all gradients together before that, a scalar tensor."""
+    norms = torch.stack(torch._foreach_norm(grads))
+    if limit:
+        factors = (limit / (norms + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(grads, factors.unbind())
+    return norms.norm()
+
+def train(cfg):
+    """Train a student and its EMA teacher; under torchrun, as one of several processes. Returns the exit code.
+
+    A resumed run ends with the same bits as an uninterrupted one, because every random draw is a function of the seed
+    and of what it is drawn for. The order of the images depends on seed and epoch. The views of an image depend on
+    seed, epoch and image. Stochastic depth depends on seed, step and process. So a checkpoint needs no state of a
+    random generator. (The same bits need the same machine, the same number of processes and threads, and operations
+    that repeat their bits, as those of the CPU do.)
+    """
+    rank, world, device = join_processes(cfg)
+    images = load_images(cfg.data, "train", cfg.data_fraction)
+    cfg.images = [len(images), zlib.crc32(np.ascontiguousarray(images.items))]      # pixels or file names
+    steps_per_epoch = count_steps(images, cfg, world)
+    steps = cfg.epochs * steps_per_epoch
+    stop_at = min(steps, cfg.max_steps or steps)
+
+    torch.manual_seed(cfg.seed)
+    student = Network(cfg, cfg.drop_path).to(device, memory_format=torch.channels_last)
+    teacher = Network(cfg).to(device, memory_format=torch.channels_last)
+    if world > 1 and device.type == "cuda":
+        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]        # biases and norms: without weight decay
+    optimizer = torch.optim.AdamW([{"params": matrices, "decay": 1}, {"params": vectors, "decay": 0}],
+                                  lr=0, weight_decay=0, fused=True)             # both are set in each step
+    dtype = compute_dtype(cfg)                              # of the networks; weights, loss and centres are float32
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
+
+    # all that training changes, and that a checkpoint holds
+    state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, centers=centers)
+    require_equal([settings(cfg), cfg.max_steps, cfg.eval_every], "have different options or images", device)
+    start = resume(cfg, state)
+    require_equal(start, f"see different checkpoints: --output {cfg.output} must be a folder that they share", device)
+    source = initialise(cfg, student, teacher) if cfg.init_from and start == 0 else ""
+    labelled_images = labelled(cfg.data, cfg.data_fraction) if cfg.eval_every else None
+    if cfg.compile:
+        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
+        student.compile()
+        teacher.compile()
+    ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+
+    log = Log(cfg, start)
+    say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}{source}; {len(images)} images "
+        f"of {images.root}: {steps} steps of {cfg.batch_size} images, from step {start}; output in {cfg.output}/")
+    if cfg.preset == "paper" and device.type == "cpu":
+        say("on a CPU, --preset paper takes minutes per step; try --preset small")
+    stop_requests = catch_signals(world)
+    batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
+    skipped = 0                                             # steps in a row that fp16 overflowed
+    named = set()                                           # images that could not be read
+    began = time.perf_counter()                             # of the step
+    batch = load_batch(batches, device, cfg)
+    for step in range(start, stop_at):
+        epoch = step // steps_per_epoch
+        lr = cosine(cfg.lr * cfg.batch_size / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
+        weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group["decay"]
+        momentum = cosine(cfg.teacher_momentum, 1, step, steps)
+        teacher_temp = teacher_temp_at(epoch, cfg)
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2 ** 62)))     # stochastic depth
+        views, boxes, unreadable, waited = batch
+
+        # 1. both networks, one loss; the teacher sees the global views only
+        global_views = views[:1]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                teacher_out = teacher(global_views)
+            student_out = ddp(views)
+        loss, image_loss, patch_loss = distillation_loss(
+            student_out, teacher_out, centers, boxes, cfg.grids, teacher_temp=teacher_temp, matching=cfg.matching,
+            hinge=cfg.hinge, impl=cfg.impl)
+
+        # 2. gradients: backward, where DDP averages them over the processes; freeze; clip each parameter by itself
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if epoch < cfg.freeze_last_layer:
+            for p in last_layers:
+                p.grad = None                               # the optimizer leaves these parameters alone
+        grad_norm = clip_gradients([p.grad for p in parameters if p.grad is not None], cfg.clip_grad)
+
+        # 3. agree with the other processes before anything changes: all get the same means, so a NaN in one of them
+        # ends the run in all, and a signal to one of them stops all
+        batch_center = all_mean(mean_logits(teacher_out))
+        counts = torch.tensor([len(stop_requests), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
+        shared = all_mean(torch.cat([image_loss.detach()[None], patch_loss.detach()[None], counts]))
+        numbers = torch.cat([shared, batch_center.sum()[None], grad_norm[None]])
+        # tolist() waits until the GPU has done all this; so load the next batch first, while the GPU is busy
+        batch = load_batch(batches, device, cfg)
+        image_loss, patch_loss, stop, unread, center_sum, grad_norm = numbers.tolist()
+        overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
+        skipped = skipped + 1 if overflow else 0            # the scaler skips such a step and lowers its scale
+        if overflow and skipped <= MAX_SKIPPED:
+            grad_norm = 0.0
+        if not all(map(math.isfinite, (image_loss, patch_loss, center_sum, grad_norm))):
+            say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {image_loss:.3g}, patch loss "
+                f"{patch_loss:.3g}, teacher {center_sum:.3g}, gradient {grad_norm:.3g}; the last checkpoint is "
+                "unchanged; a lower --lr may help", file=sys.stderr)
+            return 1
+
+        # 4. update: the student; the centres, used from the next step on; the EMA teacher, by the student's new weights
+        scaler.step(optimizer)
+        scaler.update()
+        centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
+        with torch.no_grad():                               # parameters only: batch norm statistics are its own
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+        # 5. log, evaluate, save
+        done = step + 1
+        epoch_ended = done % steps_per_epoch == 0
+        run_ended = done == stop_at
+        log.sums.update(steps=1, seconds=time.perf_counter() - began, waiting=waited, unreadable=round(unread * world),
+                        loss_image=image_loss, loss_patch=patch_loss, grad_norm=grad_norm)
+        for i in set(unreadable) - named:
+            say(f"cannot be read, replaced by another image: {images.name(i)}", everywhere=True)
+        named.update(unreadable)
+        if log.sums["unreadable"] > max(1, steps_per_epoch * cfg.batch_size // 100):
+            raise BadInput(f"--data {cfg.data}: more than 1 % of the images of an epoch cannot be read")
+        if step == start or epoch_ended or run_ended or time.perf_counter() - log.reported > 30:
+            record = dict(epoch=epoch, step=done, lr=lr) | diagnose(teacher_out, centers[0], boxes, teacher_temp, cfg)
+            if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
+                record["knn"] = top1_of_20nn(teacher.backbone, labelled_images, cfg, device, rank, world)
+            log.report(record, stop_at - done, epoch_ended or run_ended)
+        if stop or run_ended or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
+            if not save(cfg, state, done):
+                return 1
+        if stop and not run_ended:
+            say(f"stopped on request: saved at step {done}; rerun the same command to resume")
+            return STOPPED
+        began = time.perf_counter()
+    return 0
+
+# ======================================================================================= the paper ends here
+# ------------------------------------------------------------------------------------------------ options
+
+ARCHS = ("conv_tiny", "vit_tiny", "vit_small", "vit_base", "swin_t", "swin_s", "swin_b", "resnet50")
+BUILT_IN_SETS = ("shapes", "cifar10")
+NOT_NEGATIVE = (0, 1e9)
+FRACTION = (1e-9, 1)
+WORKERS = min(os.cpu_count() or 1, 10)
+
+class Option(NamedTuple):
+    """A command-line flag with its default in --preset small and, where it differs, in --preset paper."""
+    name: str
+    type: type                          # bool, int, float or str
+    small: object                       # a list of two numbers: an interval
+    allowed: tuple                      # names, or (lowest, highest) of a number, or None
+    meaning: str
+    paper: object = None                # None: as small
+
+    def flag(self):
+        return "--" + self.name.replace("_", "-")
+
+# These may change when a run is resumed. (--data: a folder may move. Its images are compared.)
+RUN_OPTIONS = (
+    Option("data", str, "shapes", None, "folder of images, or a built-in dataset: " + ", ".join(BUILT_IN_SETS)),
+    Option("output", str, "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
+    Option("resume", bool, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
+    Option("save_every", int, 1, (1, 1e9), "epochs between checkpoints"),
+    Option("eval_every", int, -1, (-1, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0"),
+    Option("max_steps", int, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all"),
+    Option("workers", int, WORKERS, (0, 999), "DataLoader workers per process"),
+    Option("precision", str, "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype"),
+    Option("compile", bool, False, None, "torch.compile the networks"),
+    Option("impl", str, "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py"),
+    Option("device", str, "auto", ("auto", "cpu", "cuda"), "auto: cuda if available"),
+)
+# These make the result: they stay the same when a run is resumed, and are the same in all processes.
+RESULT_OPTIONS = (
+    Option("data_fraction", float, 1.0, FRACTION, "use this fraction of each class, always the same images"),
+    # views
+    Option("global_size", int, 32, (1, 9999), "side of a global view, pixels", paper=224),
+    Option("local_size", int, 16, (1, 9999), "side of a local view, pixels", paper=96),
+    Option("local_views", int, 4, (0, 99), "L, number of local views per image", paper=8),
+    Option("global_scale", float, [0.4, 1.0], FRACTION, "crop scale of a global view (fraction of the area)"),
+    Option("local_scale", float, [0.1, 0.4], FRACTION, "crop scale of a local view (same)", paper=[0.05, 0.4]),
+    Option("blur_sigma", float, [0.1, 0.5], (1e-9, 99), "range of the Gaussian blur's sigma, pixels", paper=[0.1, 2.0]),
+    # networks
+    Option("arch", str, "conv_tiny", ARCHS, "backbone: " + ", ".join(ARCHS), paper="swin_t"),
+    Option("patch_size", int, 8, (1, 999), "patch size of a ViT, pixels", paper=16),
+    Option("drop_path", float, 0.0, (-1, 0.999), "stochastic depth; -1: 0.2 for swin_s, swin_b, else 0.1", paper=-1.0),
+    Option("out_dim", int, 256, (2, 1e9), "K, output dimension of a head", paper=65536),
+    Option("head_hidden", int, 128, (1, 1e6), "hidden width of a head", paper=2048),
+    Option("head_bottleneck", int, 64, (1, 1e6), "D, width before the last layer of a head", paper=256),
+    Option("norm_last_layer", bool, True, None, "fix the weight-norm magnitude of the last layer at 1", paper=False),
+    Option("init_from", str, "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
+    # the loss
+    Option("matching", str, "geometric", ("geometric", "similarity", "none"),
+           "which patches match: geometric, similarity, or none (no patch loss: DINO)"),
+    Option("hinge", bool, True, None, "geometric matching: mask patches without a teacher patch close by"),
+    Option("teacher_temp", float, 0.04, (1e-6, 1e6), "teacher temperature", paper=0.07),
+    Option("warmup_teacher_temp", float, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
+    Option("warmup_teacher_temp_epochs", int, 0, NOT_NEGATIVE, "epochs of its linear warm-up", paper=30),
+    # optimisation
+    Option("epochs", int, 10, (1, 1e9), "passes over the data", paper=300),
+    Option("batch_size", int, 32, (1, 1e6), "images per step, over all processes", paper=256),
+    Option("lr", float, 1.6e-2, (0, 1e6), "learning rate per 256 images of the batch", paper=5e-4),
+    Option("min_lr", float, 1e-6, (0, 1e6), "learning rate at the end (cosine)"),
+    Option("warmup_epochs", float, 1.0, NOT_NEGATIVE, "linear warm-up of the learning rate", paper=10.0),
+    Option("weight_decay", float, 0.04, (0, 1e6), "weight decay at the start"),
+    Option("weight_decay_end", float, 0.4, (0, 1e6), "weight decay at the end (cosine)"),
+    Option("clip_grad", float, 3.0, NOT_NEGATIVE, "largest gradient norm of each parameter; 0: any"),
+    Option("freeze_last_layer", int, 0, NOT_NEGATIVE, "epochs in which the last layer of the heads is frozen", paper=1),
+    Option("teacher_momentum", float, 0.99, (0, 1), "the EMA's momentum at the start (cosine to 1)", paper=0.996),
+    Option("seed", int, 0, (0, 2 ** 32), "random seed"),
+)
+OPTIONS = RUN_OPTIONS + RESULT_OPTIONS
+
+def parse_arguments(argv=None):
+    """Command line -> namespace in which every option is set, by the user or by the preset, and which holds the `grids`
+    (rows, cols) of the patches of global and (if there are any) local views. Raises BadInput."""
+    parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=("small", "paper"), help="which defaults; small unless --data is a path")
+    for option in OPTIONS:
+        if option.type is bool:
+            kwargs = dict(action=argparse.BooleanOptionalAction)
+        elif option.type is str:
+            kwargs = dict(choices=option.allowed, metavar="NAME")
+        elif isinstance(option.small, list):
+            kwargs = dict(type=option.type, nargs=2, metavar=("LOW", "HIGH"))
+        else:
+            kwargs = dict(type=option.type, metavar="N")
+        default = option.small if option.paper is None else f"small: {option.small}, paper: {option.paper}"
+        parser.add_argument(option.flag(), help=f"{option.meaning} ({default})", **kwargs)
+    given = vars(parser.parse_args(argv))                   # only what the user gave
+    built_in = given.get("data", "shapes") in BUILT_IN_SETS
+    preset = given.get("preset", "small" if built_in else "paper")
+    cfg = argparse.Namespace(preset=preset)
+    for option in OPTIONS:
+        default = option.small if preset == "small" or option.paper is None else option.paper
+        value = given.get(option.name, default)
+        setattr(cfg, option.name, value)
+        if option.type in (int, float):
+            low, high = option.allowed
+            values = value if isinstance(value, list) else [value]
+            if not low <= values[0] <= values[-1] <= high:  # NaN is refused, too
+                order = ", the lower value first" if len(values) > 1 else ""
+                raise BadInput(f"{option.flag()} must be from {low:g} to {high:g}{order}, got {values}")
+    # -1 stands for a value that follows from another option
+    if cfg.drop_path < 0:
+        cfg.drop_path = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
+    if cfg.eval_every < 0:
+        cfg.eval_every = 1 if cfg.data == "shapes" else 0
+    sizes = [cfg.global_size, cfg.local_size] if cfg.local_views else [cfg.global_size]
+    stride = stride_of(cfg.arch, cfg.patch_size)
+    if any(size % stride for size in sizes):
+        raise BadInput(f"--global-size and --local-size must be multiples of {stride} for {cfg.arch}, got {sizes}")
+    cfg.grids = [(size // stride, size // stride) for size in sizes]
+    if cfg.warmup_epochs > cfg.epochs:
+        raise BadInput(f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}")
+    cfg.device = choose_device(cfg.device)
+    triton = cfg.impl == "triton" and os.getenv("TRITON_INTERPRET") != "1"
+    if cfg.device == "cpu" and (cfg.precision == "fp16" or triton):
+        raise BadInput("--precision fp16 and --impl triton need a CUDA GPU")
+    return cfg
+
+def choose_device(wanted):
+    """The value of --device -> cuda or cpu. Nothing else asks whether there is a GPU. Raises BadInput."""
+    gpu = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "cuda" and not gpu:
+        raise BadInput("--device cuda needs a CUDA GPU")
+    return "cuda" if gpu else "cpu"
+
+def compute_dtype(cfg):
+    """The dtype that the networks compute in."""
+    if cfg.precision != "auto":
+        return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.precision]
+    if cfg.device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+# ------------------------------------------------------------------------------------------------ augmentation
 
 @torch.no_grad()
 def augment(views, max_sigma):
@@ -213,15 +595,22 @@ def blur(x, sigma, radius):
     rows = F.conv2d(padded, kernel, groups=len(kernel))
     return F.conv2d(rows, kernel.mT, groups=len(kernel)).view_as(x)
 
+PIXEL_MEAN = (0.485, 0.456, 0.406)      # of ImageNet, red, green, blue
+PIXEL_STD = (0.229, 0.224, 0.225)
+
 def normalise(x):
     """x (M, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
-    return torch.stack([(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)], 1)
+    # channel by channel: a tensor of three means would have to be copied to the GPU in each call
+    channels = [(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)]
+    return torch.stack(channels, 1)
 
-# ------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------------------------------------------ backbones
 
 def stride_of(arch, patch_size):
     """Side of a patch, pixels."""
-    return patch_size if arch.startswith("vit") else 8 if arch == "conv_tiny" else 32
+    if arch.startswith("vit"):
+        return patch_size
+    return 8 if arch == "conv_tiny" else 32
 
 class SwinAttention(ShiftedWindowAttention):
     """Shifts its window also on grids that are not larger than the window, as the official Swin does (and torchvision's
@@ -274,8 +663,9 @@ class Backbone(nn.Module):
             self.net = torchvision.models.resnet50()
             self.width = self.net.fc.in_features
             self.net.avgpool = self.net.fc = nn.Identity()
+        # stochastic depth grows linearly from block to block; `modules` names a module that is in two places once
         depths = [module for module in self.net.modules() if isinstance(module, StochasticDepth)]
-        for i, depth in enumerate(depths):                                      # grows linearly from block to block
+        for i, depth in enumerate(depths):
             depth.p = drop_path * i / (len(depths) - 1)
 
     def init_vit(self):
@@ -289,7 +679,9 @@ class Backbone(nn.Module):
         self.net.conv_proj.reset_parameters()                                   # torch's default
         for block in self.net.encoder.layers:
             nn.init.trunc_normal_(block.self_attention.in_proj_weight, std=0.02)
-            block.dropout = block.mlp[4] = StochasticDepth(0.0, "row")
+            depth = StochasticDepth(0.0, "row")                                 # one module, of one rate, for both:
+            block.dropout = depth                                               # the end of the attention branch
+            block.mlp[4] = depth                                                # the end of the MLP branch
 
     def forward(self, x):
         net = self.net
@@ -302,7 +694,7 @@ class Backbone(nn.Module):
         if self.arch.startswith("swin"):
             patches = net.norm(net.features(x)).flatten(1, 2)                               # (M, N, C)
         else:
-            for layer in net.children():
+            for layer in net.children():        # torchvision's ResNet makes its layers in the order of its forward pass
                 x = layer(x)                                                                # (M, C, rows, cols)
             patches = x.flatten(2).mT
         return patches.mean(1), patches
@@ -316,395 +708,6 @@ class Backbone(nn.Module):
         grid = embedding[:, 1:].mT.unflatten(2, (side, side))                               # (1, C, side, side)
         grid = F.interpolate(grid.float(), size=(rows, cols), mode="bicubic")               # as the official code
         return torch.cat([embedding[:, :1], grid.flatten(2).mT.to(embedding.dtype)], 1)
-
-class Head(nn.Module):
-    """Features (..., C) -> unit vectors z (..., D). The logits are z @ weight().T, with a weight-normalised layer."""
-
-    def __init__(self, width, cfg):
-        super().__init__()
-        hidden, bottleneck = cfg.head_hidden, cfg.head_bottleneck
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        self.direction = nn.Parameter(torch.empty(cfg.out_dim, bottleneck).uniform_(-1, 1) / bottleneck ** 0.5)
-        self.gain = nn.Parameter(torch.ones(cfg.out_dim, 1), requires_grad=not cfg.norm_last_layer)
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)  # official: 0.02, at width 2048
-            nn.init.zeros_(layer.bias)
-
-    def weight(self):
-        """(K, D): the last layer. Its direction and its magnitude (`gain`) are separate parameters (weight norm)."""
-        return self.gain * F.normalize(self.direction, dim=-1)
-
-    def forward(self, x):
-        return F.normalize(self.mlp(x).float(), dim=-1)
-
-class Outputs(NamedTuple):
-    """What the loss needs of a network."""
-    image_z: torch.Tensor           # (V, B, 1, D) bottleneck of the image head (the teacher's: Q views)
-    patch_z: list                   # per size of view: (v, B, N, D) bottleneck of the patch head
-    features: list                  # per size of view: (v, B, N, C) the backbone's patch features
-    image_weight: torch.Tensor      # (K, D) last layer of the image head
-    patch_weight: torch.Tensor      # (K, D) last layer of the patch head; None without one
-
-class Network(nn.Module):
-    """Backbone, image head and (unless matching is none) patch head. The student is one, the teacher another."""
-
-    def __init__(self, cfg, drop_path=0.0):
-        super().__init__()
-        self.backbone = Backbone(cfg.arch, cfg.global_size, cfg.patch_size, drop_path)
-        self.image_head = Head(self.backbone.width, cfg)
-        self.patch_head = Head(self.backbone.width, cfg) if cfg.matching != "none" else None
-
-    def forward(self, views):
-        """views: a list with one tensor (v, B, 3, S, S) per size of view, the global ones first."""
-        image_z, patch_z, features = [], [], []
-        for x in views:
-            image, patches = (y.unflatten(0, x.shape[:2]) for y in self.backbone(x.flatten(0, 1)))
-            image_z.append(self.image_head(image[:, :, None]))                              # (v, B, 1, D)
-            if self.patch_head is not None:
-                patch_z.append(self.patch_head(patches))                                    # (v, B, N, D)
-                features.append(patches.detach())
-        patch_weight = self.patch_head.weight() if self.patch_head is not None else None
-        return Outputs(torch.cat(image_z), patch_z, features, self.image_head.weight(), patch_weight)
-
-# ------------------------------------------------------------------------------------------------ the loss
-
-def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
-    """The loss of the paper, a pure function. Returns: loss, image_loss, patch_loss.
-
-        image_loss = mean over pairs of views (q, v) of CE(T(q), S(v))
-        patch_loss = mean over pairs of views (q, v) and patches n of w_n * CE(T(q, m(n)), S(v, n))
-        loss = (image_loss + patch_loss) / 2; with matching none, loss = image_loss
-
-    T = softmax((teacher logits - centre) / teacher_temp), S = softmax(student logits / 0.1), CE(t, s) = -sum t * log s.
-    A pair is a teacher view q and another student view v of the same image. m(n) is the teacher patch that matches
-    student patch n. With geometric matching, it is the patch whose midpoint is nearest in the image. w_n is 1 if the
-    two midpoints are closer than half the diagonal of the larger of the two patches, or without `hinge`. Otherwise n
-    is masked: w_n is 0, but n still counts in the mean. See `geometric_matches`. With similarity matching, w_n is 1.
-
-    The centre is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
-    for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
-
-    Args:
-        student, teacher: Outputs for all V views, and for the Q = 2 global ones.
-        centers: (2, K), of the image head and of the patch head (K,) each; with matching none (1, K).
-        boxes: (V, B, 5). grids: (rows, cols) of the patches, per size of view. impl: see matching_kernels.py.
-    """
-    pairs = 2 * (len(student.image_z) - 1)          # each of the 2 teacher views with all views but itself
-    common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
-    image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
-                                    centers[0], **common) / pairs
-    if matching == "none":
-        return image_loss, image_loss, torch.zeros_like(image_loss)
-    if matching == "geometric":
-        match_by = dict(student_boxes=boxes, student_grid=grids[:len(student.patch_z)],
-                        teacher_boxes=boxes[:2], teacher_grid=grids[0], hinge=hinge)
-    else:
-        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])     # (v, Q, B, N)
-                               for features in student.features])
-    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
-                                    centers[1], **match_by, **common) / pairs
-    return (image_loss + patch_loss) / 2, image_loss, patch_loss
-
-@torch.no_grad()
-def mean_logits(teacher):
-    """(heads, K): the teacher's mean logits over views, images and patches, for the centres. The last layer is linear,
-    so the mean is taken before it, where it is cheap."""
-    means = [teacher.image_weight @ teacher.image_z.mean((0, 1, 2))]
-    if teacher.patch_z:
-        means.append(teacher.patch_weight @ teacher.patch_z[0].mean((0, 1, 2)))
-    return torch.stack(means)
-
-# ------------------------------------------------------------------------------------------------ training
-
-def cosine(start, end, step, steps, warmup=0):
-    """A schedule at `step`: linear from 0 to `start` over `warmup` steps, then half a cosine to `end` at `steps`."""
-    if step < warmup:
-        return start * step / max(1, warmup - 1)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-def teacher_temp_at(epoch, cfg):
-    """Linear from --warmup-teacher-temp to --teacher-temp in --warmup-teacher-temp-epochs, then constant."""
-    if epoch >= cfg.warmup_teacher_temp_epochs:
-        return cfg.teacher_temp
-    progress = epoch / max(1, cfg.warmup_teacher_temp_epochs - 1)
-    return cfg.warmup_teacher_temp + progress * (cfg.teacher_temp - cfg.warmup_teacher_temp)
-
-def load_batch(batches, device, cfg):
-    """The next batch on the device, None after the last. Returns: the augmented views, a list with one (v, B, 3, S, S)
-    per size; boxes (V, B, 5); the indices of images that could not be read; the seconds waited for the DataLoader."""
-    began = time.perf_counter()
-    views, unreadable = next(batches, (None, None))
-    waited = time.perf_counter() - began
-    if views is None:
-        return None
-    views = [Views(*(field.to(device, non_blocking=True) for field in part)) for part in views]
-    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
-    unreadable = [i for i in unreadable.tolist() if i >= 0]
-    return [augment(part, cfg.blur_sigma[1]) for part in views], boxes, unreadable, waited
-
-def train(cfg):
-    """Train a student and its EMA teacher; under torchrun, as one of several processes. Returns the exit code.
-
-    A resumed run ends with the same bits as an uninterrupted one, because every random draw is a function of the seed
-    and of what it is drawn for. The order of the images depends on seed and epoch. The views of an image depend on
-    seed, epoch and image. Stochastic depth depends on seed, step and process. So a checkpoint holds no state of a
-    random generator. It holds the step, networks, optimizer, scaler and centres. (The same bits need the same machine,
-    the same number of processes and threads, and operations that repeat their bits, as those of the CPU do.)
-    """
-    rank, world, device = start_processes(cfg)
-    images = load_images(cfg.data, "train", cfg.data_fraction)
-    if cfg.batch_size % world:
-        raise BadInput(f"--batch-size {cfg.batch_size} cannot be shared equally by {world} processes; the next size "
-                       f"that can is {math.ceil(cfg.batch_size / world) * world}")
-    steps_per_epoch = len(images) // cfg.batch_size
-    if not steps_per_epoch:
-        raise BadInput(f"--batch-size {cfg.batch_size}: {cfg.data} has only {len(images)} images")
-    steps = cfg.epochs * steps_per_epoch
-    stop_at = min(steps, cfg.max_steps or steps)
-
-    torch.manual_seed(cfg.seed)
-    student = Network(cfg, cfg.drop_path).to(device, memory_format=torch.channels_last)
-    teacher = Network(cfg).to(device, memory_format=torch.channels_last)
-    if world > 1 and device.type == "cuda":
-        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "decay": 1},     # weights
-                                   {"params": [p for p in parameters if p.ndim <= 1], "decay": 0}],   # biases, norms
-                                  lr=0, weight_decay=0, fused=True)
-    # the networks compute in this dtype; the weights of both, the loss and the centres are float32 in any case
-    precision = cfg.precision
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
-    sizes = [cfg.global_size, cfg.local_size] if cfg.local_views else [cfg.global_size]
-    grids = [(size // stride_of(cfg.arch, cfg.patch_size),) * 2 for size in sizes]                  # rows, cols
-
-    modules = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
-    options = dict(vars(cfg), images=[len(images), zlib.crc32(np.ascontiguousarray(images.items))])
-    start = resume(cfg, modules, centers, options)
-    if all_mean(torch.tensor(start, dtype=torch.float64, device=device)).item() != start:
-        raise BadInput(f"--output {cfg.output}: the processes see different checkpoints; the folder must be shared")
-    source = initialise(cfg, student, teacher) if cfg.init_from and start == 0 else ""
-    if cfg.eval_every:
-        import eval_knn                                     # here, since it imports this file
-        labelled_parts = eval_knn.labelled(cfg.data, cfg.data_fraction)
-    if cfg.compile:
-        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
-        student.compile()
-        teacher.compile()
-    ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
-
-    log = Log(cfg, rank, start, stop_at)
-    log.say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}{source}; {len(images)} images "
-            f"of {images.root}: {steps} steps of {cfg.batch_size} images, from step {start}; output in {cfg.output}/")
-    if cfg.preset == "paper" and device.type == "cpu":
-        log.say("on a CPU, --preset paper takes minutes per step; try --preset small")
-    signals = stop_on_signal(world)
-    batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
-    done = start
-    saved = True
-    sums = Counter()                                        # over the epoch, for the log
-    reported = set()                                        # images that could not be read
-    began = time.perf_counter()                             # of the step
-    batch = load_batch(batches, device, cfg)
-    for step in range(start, stop_at):
-        epoch = step // steps_per_epoch
-        lr = cosine(cfg.lr * cfg.batch_size / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
-        weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay * group["decay"]
-        momentum = cosine(cfg.teacher_momentum, 1, step, steps)
-        teacher_temp = teacher_temp_at(epoch, cfg)
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2 ** 62)))     # stochastic depth
-        views, boxes, unreadable, waited = batch
-
-        # 1. both networks, one loss; the teacher sees the global views only
-        global_views, *_ = views
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with torch.no_grad():
-                teacher_out = teacher([global_views])
-            student_out = ddp(views)
-        loss, image_loss, patch_loss = distillation_loss(
-            student_out, teacher_out, centers, boxes, grids, teacher_temp=teacher_temp, matching=cfg.matching,
-            hinge=cfg.hinge, impl=cfg.impl)
-
-        # 2. gradients: backward, where DDP averages them over the processes; freeze; clip each parameter by itself
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        if epoch < cfg.freeze_last_layer:
-            for p in last_layers:
-                p.grad = None                               # the optimizer leaves these parameters alone
-        norms = [nn.utils.clip_grad_norm_(p, cfg.clip_grad or math.inf) for p in parameters if p.grad is not None]
-        grad_norm = torch.stack(norms).norm()
-
-        # 3. agree with the other processes before anything changes: all get the same means, so a NaN in one of them
-        # ends the run in all, and a signal to one of them stops all
-        batch_center = all_mean(mean_logits(teacher_out))
-        counts = torch.tensor([len(signals), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
-        shared = all_mean(torch.cat([image_loss.detach()[None], patch_loss.detach()[None], counts]))
-        numbers = torch.cat([shared, batch_center.sum()[None], grad_norm[None]])
-        # tolist() waits until the GPU has done all this; so load the next batch first, while the GPU is busy
-        batch = load_batch(batches, device, cfg)
-        image_value, patch_value, stop, unread, center_value, norm_value = numbers.tolist()
-        if scaler.is_enabled() and not math.isfinite(norm_value):
-            norm_value = 0.0                                # fp16: the scaler skips this step and lowers its scale
-        if not all(map(math.isfinite, (image_value, patch_value, center_value, norm_value))):
-            log.say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {image_value:.3g}, patch loss "
-                    f"{patch_value:.3g}, teacher {center_value:.3g}, gradient {norm_value:.3g}; the last checkpoint is "
-                    "unchanged; a lower --lr may help", file=sys.stderr)
-            return 1
-
-        # 4. update: the student; the centres, used from the next step on; the EMA teacher, by the student's new weights
-        scaler.step(optimizer)
-        scaler.update()
-        centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # parameters only: batch norm statistics are its own
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-        # 5. log, evaluate, save
-        done = step + 1
-        epoch_ended = done % steps_per_epoch == 0
-        for i in set(unreadable) - reported:
-            print(f"cannot be read, replaced by another image: {images.name(i)}", flush=True)
-        reported |= set(unreadable)
-        sums.update(steps=1, seconds=time.perf_counter() - began, waiting=waited, unreadable=round(unread * world),
-                    loss_image=image_value, loss_patch=patch_value, grad_norm=norm_value)
-        if sums["unreadable"] > max(1, steps_per_epoch * cfg.batch_size // 100):
-            raise BadInput(f"--data {cfg.data}: more than 1 % of the images of an epoch cannot be read")
-        if step == start or epoch_ended or done == stop_at or time.perf_counter() - log.reported > 30:
-            record = dict(epoch=epoch, step=done, lr=lr)
-            record |= diagnose(teacher_out, centers, boxes, grids, teacher_temp, cfg)
-            if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
-                teacher.eval()
-                record["knn"] = eval_knn.top1_of_20nn(teacher.backbone, *labelled_parts, cfg, device, rank, world)
-                teacher.train()
-            log.report(record, sums, epoch_ended, run_ended=done == stop_at)
-        if epoch_ended:
-            sums.clear()
-        if stop or done == stop_at or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
-            saved = save(cfg, modules, centers, done, options, rank, log)
-        if stop:
-            break
-        began = time.perf_counter()
-
-    if not saved:
-        return 1
-    if done < stop_at:
-        log.say(f"stopped on request: saved at step {done}; rerun the same command to resume")
-        return STOPPED
-    return 0
-
-# ======================================================================================= the paper ends here
-
-NAMED_SETS = ("shapes", "cifar10")
-STOPPED = 75                        # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
-
-class BadInput(Exception):
-    """What the user has to change, in one line, for exit code 2. A second argument: only this process knows of it."""
-
-@contextlib.contextmanager
-def blame(what):
-    """Any error in this block becomes a BadInput that begins with `what`, the flag or file at fault."""
-    try:
-        yield
-    except Exception as error:                              # decoders and torch.load raise all kinds
-        raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}") from None
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                               # one line, without the usage of all flags
-        raise BadInput(message)
-
-def parse_arguments(argv=None):
-    """Command line -> namespace in which every option is set, by the user or by the preset. Raises BadInput."""
-    parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=("small", "paper"), help="which defaults; small unless --data is a path")
-    for option in OPTIONS:
-        if isinstance(option.paper, bool):
-            kwargs = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(option.paper, str):
-            kwargs = dict(choices=option.allowed, metavar="NAME")
-        elif isinstance(option.paper, list):
-            kwargs = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
-        else:
-            kwargs = dict(type=type(option.paper), metavar="N")
-        default = option.small if option.small == option.paper else f"small: {option.small}, paper: {option.paper}"
-        parser.add_argument(option.flag(), help=f"{option.meaning} ({default})", **kwargs)
-    given = vars(parser.parse_args(argv))                   # only what the user gave
-    preset = given.get("preset") or ("small" if given.get("data", "shapes") in NAMED_SETS else "paper")
-    defaults = {option.name: getattr(option, preset) for option in OPTIONS}
-    cfg = argparse.Namespace(**dict(preset=preset) | defaults | given)
-    for option in OPTIONS:
-        values = np.atleast_1d(getattr(cfg, option.name))
-        if values.dtype.kind in "if":
-            low, high = option.allowed
-            if not low <= values[0] <= values[-1] <= high:  # NaN is refused, too
-                order = ", the lower value first" if len(values) > 1 else ""
-                raise BadInput(f"{option.flag()} must be from {low:g} to {high:g}{order}, got {values.tolist()}")
-    stride = stride_of(cfg.arch, cfg.patch_size)
-    sizes = [cfg.global_size, cfg.local_size] if cfg.local_views else [cfg.global_size]
-    gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    if any(size % stride for size in sizes):
-        raise BadInput(f"--global-size and --local-size must be multiples of {stride} for {cfg.arch}, got {sizes}")
-    if cfg.warmup_epochs > cfg.epochs:
-        raise BadInput(f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}")
-    triton = cfg.impl == "triton" and os.getenv("TRITON_INTERPRET") != "1"
-    if (cfg.device == "cuda" or cfg.precision == "fp16" or triton) and not gpu:
-        raise BadInput("--device cuda, --precision fp16 and --impl triton need a CUDA GPU")
-    if cfg.drop_path < 0:
-        cfg.drop_path = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
-    if cfg.eval_every < 0:
-        cfg.eval_every = 1 if cfg.data == "shapes" else 0
-    return cfg
-
-def start_processes(cfg):
-    """Join the other processes of torchrun, if there are any. Returns: rank, number of processes, device."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
-    if cfg.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    return rank, world, device
-
-def all_mean(x):
-    """Mean of a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-def stop_on_signal(world):
-    """From now on, SIGTERM and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one comes.
-    A second signal ends the program at once, but not under torchrun, which passes each Ctrl-C on a second time."""
-    received = []
-    def request(number, frame):
-        received.append(number)
-        if world == 1:
-            os.write(2, b"stopping after this step; Ctrl-C again quits now\n")  # print is not safe in a signal handler
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGTERM, request)
-    signal.signal(signal.SIGINT, request)
-    return received
-
-def ignore_signals(worker):
-    """In a DataLoader worker: a signal to the whole job is for the main process, which needs this worker until the end
-    of the step. Python ends workers by SIGTERM when a program exits. So SIGTERM ends this worker, after 30 seconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 # ------------------------------------------------------------------------------------------------ images
 
@@ -733,7 +736,8 @@ class Images:
         return len(self.labels)
 
     def name(self, i):
-        return os.path.join(self.root, os.fsdecode(self.items[i]) if self.items.ndim == 1 else f"image {i}")
+        file = os.fsdecode(self.items[i]) if self.items.ndim == 1 else f"image {i}"
+        return os.path.join(self.root, file)
 
     def read(self, i):
         """(3, H, W) uint8. Raises OSError and others if the file cannot be read or is not an image."""
@@ -742,7 +746,8 @@ class Images:
 def load_images(data, split, fraction=1.0, must_split=False):
     """The `Images` of --data: a built-in set, or a folder. Of a folder that holds `split`/, only that is used."""
     if data == "shapes":
-        images = Images(*draw_shapes(2400 if split == "train" else 1200, seed=("train", "val").index(split)), data)
+        n, seed = (2400, 0) if split == "train" else (1200, 1)
+        images = Images(*draw_shapes(n, seed), data)
     elif data == "cifar10":
         with blame("--data cifar10: not in ./data, and the download failed"), contextlib.redirect_stdout(sys.stderr):
             found = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
@@ -761,11 +766,11 @@ def load_folder(data, split, must_split):
     skipped. Raises BadInput, also where a folder of validation images would be trained on."""
     root = Path(data)
     if not root.is_dir():
-        raise BadInput(f"--data {data}: not a folder (unpack archives first), and not {' or '.join(NAMED_SETS)}")
+        raise BadInput(f"--data {data}: not a folder (unpack archives first), and not {' or '.join(BUILT_IN_SETS)}")
     if (root / split).is_dir():
         root = root / split
     elif must_split:
-        raise BadInput(f"--data {data}: must hold train/ and val/, or be one of {', '.join(NAMED_SETS)}")
+        raise BadInput(f"--data {data}: must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
     names = []
     for folder, folders, files in os.walk(os.fsencode(root), followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(b".")]
@@ -842,9 +847,18 @@ class ViewDataset(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(seed)       # torch.manual_seed would seed a GPU, too
             return crop_views(image, self.cfg), unreadable
 
+def count_steps(images, cfg, world):
+    """Steps of an epoch. Raises BadInput for a --batch-size that does not go with the images or the processes."""
+    if cfg.batch_size % world:
+        raise BadInput(f"--batch-size {cfg.batch_size} cannot be shared equally by {world} processes; the next size "
+                       f"that can is {math.ceil(cfg.batch_size / world) * world}")
+    if len(images) < cfg.batch_size:
+        raise BadInput(f"--batch-size {cfg.batch_size}: {cfg.data} has only {len(images)} images")
+    return len(images) // cfg.batch_size
+
 def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
     """Batches of this process for these steps. All processes together get the same images whatever their number."""
-    @functools.lru_cache(maxsize=1)
+    @functools.lru_cache(maxsize=1)                         # drawn in the first step of an epoch, kept for the others
     def order(epoch):
         return np.random.default_rng((cfg.seed, epoch)).permutation(len(images))
 
@@ -856,10 +870,22 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
             yield [(epoch, i) for i in order(epoch)[first:first + share].tolist()]
 
     return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
-                                       pin_memory=cfg.device != "cpu" and torch.cuda.is_available(),
-                                       worker_init_fn=ignore_signals)
+                                       pin_memory=cfg.device == "cuda", worker_init_fn=ignore_signals)
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+def load_batch(batches, device, cfg):
+    """The next batch on the device, None after the last. Returns: the augmented views, a list with one (v, B, 3, S, S)
+    per size; boxes (V, B, 5); the indices of images that could not be read; the seconds waited for the DataLoader."""
+    began = time.perf_counter()
+    views, unreadable = next(batches, (None, None))
+    waited = time.perf_counter() - began
+    if views is None:
+        return None
+    views = [Views(*(field.to(device, non_blocking=True) for field in part)) for part in views]
+    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
+    unreadable = [i for i in unreadable.tolist() if i >= 0]
+    return [augment(part, cfg.blur_sigma[1]) for part in views], boxes, unreadable, waited
+
+# ------------------------------------------------------------------------------------------------ weights of others
 
 def load_file(path, flag):
     """A checkpoint as data: no code in it is run. Raises BadInput for a file that is not a complete checkpoint."""
@@ -873,51 +899,129 @@ def load_file(path, flag):
         raise BadInput(f"{flag} {path}: damaged, not a checkpoint, or one that would run code when loaded")
     return content
 
-def resume(cfg, modules, centers, options):
-    """Load OUTPUT/checkpoint.pt, if it exists. Returns: the first step to do.
+def load_backbone(path, weights="teacher", flag="--checkpoint", content=None):
+    """File (or its content, if it is loaded already) -> (backbone, image size, options of its run or {}). Raises
+    BadInput naming `flag` if a key does not fit."""
+    state = content or load_file(path, flag)
+    options = state.get("options", {})
+    for key in (weights, "state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f"{flag} {path}: holds no state dict of a network")
+    state = plain_keys(state)
+    arch, patch_size, image_size = guess_arch(state)
+    if arch is None:
+        raise BadInput(f"{flag} {path}: no --arch of gld.py has keys like {', '.join(list(state)[:3])}")
+    backbone = Backbone(arch, image_size, patch_size)
+    with blame(f"{flag} {path} as {arch}"):
+        backbone.net.load_state_dict(state)
+    return backbone.eval(), options.get("global_size", image_size), options
 
-    options: those of this run, and a checksum of the images (pixels, or file names). Only options marked as resumable
-    may differ from the checkpoint's; some of them change last bits. Raises BadInput.
-    """
+# Parts of the keys in other people's checkpoints, and in torchvision's networks
+MLP_KEYS = {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+SWIN_KEYS = MLP_KEYS | {"patch_embed.proj": "features.0.0", "patch_embed.norm": "features.0.2"}
+VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "norm.": "encoder.ln.",
+                       "norm1": "ln_1", "norm2": "ln_2", "patch_embed.proj": "conv_proj",
+                       "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
+                       "blocks.": "encoder.layers.encoder_layer_"}
+
+def plain_keys(state):
+    """Keys of torchvision's network without heads, from those of gld.py, torchvision, an official Swin, a DINO ViT."""
+    state = {re.sub(r"^(module\.|backbone\.|net\.)+", "", key): value for key, value in state.items()}
+    renames = VIT_KEYS if "cls_token" in state else SWIN_KEYS
+    out = {}
+    for key, value in state.items():
+        for theirs, ours in renames.items():
+            key = key.replace(theirs, ours)
+        # an official Swin counts blocks and downsampling of a stage as one; torchvision's `features` counts each
+        key = re.sub(r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}", key)
+        key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * int(m[1]) + 2}", key)
+        if key.endswith("relative_position_index"):
+            value = value.flatten()
+        if not re.match(r"\w*head|fc\.", key) and not key.endswith("attn_mask"):
+            out[key] = value
+    return out
+
+def guess_arch(state):
+    """(arch, patch size, image size) of plain keys; (None, ...) if they belong to no network of gld.py."""
+    if "conv_proj.weight" in state and "encoder.pos_embedding" in state:
+        width, patch = state["conv_proj.weight"].shape[0], state["conv_proj.weight"].shape[-1]
+        side = round((state["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
+        return {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(width), patch, side * patch
+    if "features.0.0.weight" in state:
+        if len(state["features.0.0.weight"]) == 128:
+            return "swin_b", 16, 224
+        deep = any(key.startswith("features.5.17.") for key in state)           # the third stage has 18 blocks, not 6
+        return "swin_s" if deep else "swin_t", 16, 224
+    if "layer4.2.conv3.weight" in state:
+        return "resnet50", 16, 224
+    return "conv_tiny" if "12.weight" in state else None, 16, 32
+
+def initialise(cfg, student, teacher):
+    """--init-from: both backbones from any file that eval_knn.py reads, strictly; the heads only from a checkpoint of
+    gld.py, if they fit. Returns: what was loaded, for the log. Raises BadInput."""
+    content = load_file(cfg.init_from, "--init-from")
+    for name, network in (("student", student), ("teacher", teacher)):
+        weights = name if content.get(name) else "teacher"
+        backbone, *_ = load_backbone(cfg.init_from, weights, "--init-from", content)
+        state = backbone.net.state_dict()
+        if "encoder.pos_embedding" in state:
+            state["encoder.pos_embedding"] = backbone.position_embedding(*cfg.grids[0])
+        with blame(f"--init-from {cfg.init_from}: a {backbone.arch} does not fit --arch {cfg.arch} or --patch-size"):
+            network.backbone.net.load_state_dict(state)
+        heads = {key: x for key, x in content.get(name, {}).items() if "_head." in key}
+        shapes = {key: x.shape for key, x in network.state_dict().items() if "_head." in key}
+        fit = shapes == {key: x.shape for key, x in heads.items()}
+        if fit:
+            network.load_state_dict(heads, strict=False)
+    return f", weights from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def settings(cfg):
+    """What a resumed run, and every process of a run, must have in common."""
+    return {name: getattr(cfg, name) for name in ("images", "preset", *(option.name for option in RESULT_OPTIONS))}
+
+def resume(cfg, state):
+    """Load OUTPUT/checkpoint.pt into `state`, if it exists. Returns: the first step to do. Raises BadInput if its run
+    had other settings."""
     path = Path(cfg.output, "checkpoint.pt")
     if not cfg.resume or not path.exists():
         return 0
     content = load_file(path, "--output")
     before = content.get("options", {})
     new_run = "to start a new run, give another --output or --no-resume"
-    if before.get("images") != options["images"]:
-        raise BadInput(f"--data {cfg.data}: not the images of {path} ({before.get('data')}); {new_run}")
-    free = {option.name for option in OPTIONS if option.resumable} | {"data"}
-    for name in options:
-        if name not in free and before.get(name) != options[name]:
-            raise BadInput(f"--{name.replace('_', '-')}: {options[name]} here, but {path} was made with "
-                           f"{before.get(name)}; {new_run}" + f", and --init-from {path}" * (name == "epochs"))
+    for name, value in settings(cfg).items():
+        if before.get(name) != value and name == "images":
+            raise BadInput(f"--data {cfg.data}: not the images of {path} ({before.get('data')}); {new_run}")
+        if before.get(name) != value:
+            raise BadInput(f"--{name.replace('_', '-')}: {value} here, but {path} was made with {before.get(name)}; "
+                           f"{new_run}, and --init-from {path} to start from its weights")
     with blame(f"--output {path}: was not written by this gld.py"):
-        for name, module in modules.items():
-            if content[name]:                               # the gradient scaler has no state unless fp16 is used
-                module.load_state_dict(content[name])
-        centers.copy_(content["centers"])
+        for name, part in state.items():
+            if name == "centers":
+                part.copy_(content[name])
+            elif content[name]:                             # the gradient scaler has no state unless fp16 is used
+                part.load_state_dict(content[name])
         return content["step"]
 
-def initialise(cfg, student, teacher):
-    """--init-from: both backbones from any file that eval_knn.py reads, strictly; the heads only from a checkpoint of
-    gld.py, if they fit. Returns: what was loaded, for the log. Raises BadInput."""
-    import eval_knn                                         # here, since it imports this file
-    content = load_file(cfg.init_from, "--init-from")
-    for name, network in (("student", student), ("teacher", teacher)):
-        weights = name if content.get(name) else "teacher"
-        backbone, *_ = eval_knn.load_backbone(cfg.init_from, weights, "--init-from", content)
-        state = backbone.net.state_dict()
-        if "encoder.pos_embedding" in state:
-            side = cfg.global_size // cfg.patch_size
-            state["encoder.pos_embedding"] = backbone.position_embedding(side, side)
-        with blame(f"--init-from {cfg.init_from}: a {backbone.arch} does not fit --arch {cfg.arch} or --patch-size"):
-            network.backbone.net.load_state_dict(state)
-        heads = {key: x for key, x in content.get(name, {}).items() if "_head." in key}
-        own = {key: x.shape for key, x in network.state_dict().items() if "_head." in key}
-        if fit := own == {key: x.shape for key, x in heads.items()}:
-            network.load_state_dict(heads, strict=False)
-    return f", weights from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
+def save(cfg, state, step):
+    """Process 0 writes checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked. The others wait:
+    torchrun ends all when the first one ends with an error."""
+    failed = torch.zeros(1, device=state["centers"].device)
+    if os.environ.get("RANK", "0") == "0":
+        content = {name: part if name == "centers" else part.state_dict() for name, part in state.items()}
+        options = {name: value for name, value in vars(cfg).items() if name != "grids"}         # those follow
+        content |= dict(step=step, options=options)
+        backbone = {name: x.cpu() for name, x in state["teacher"].backbone.net.state_dict().items()}
+        try:
+            replace_file(Path(cfg.output, "checkpoint.pt"), functools.partial(torch.save, content))
+            replace_file(Path(cfg.output, "backbone.pt"), functools.partial(torch.save, backbone))
+        except (OSError, RuntimeError) as error:            # torch reports a full disk by a RuntimeError
+            say(f"gld.py: cannot write {cfg.output}/ at step {step} ({one_line(error)}); the last checkpoint is kept",
+                file=sys.stderr)
+            failed += 1
+    return not all_mean(failed).item()
 
 def replace_file(path, write):
     """Replace a file by what write(file) writes, but only when that is complete and on disk. Raises OSError."""
@@ -931,99 +1035,223 @@ def replace_file(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-def save(cfg, modules, centers, step, options, rank, log):
-    """Write checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked. If not (the disk is full,
-    say), training can go on."""
-    failed = torch.zeros(1, device=centers.device)
-    if rank == 0:
-        content = {name: module.state_dict() for name, module in modules.items()}
-        content |= dict(centers=centers, step=step, options=options)
-        backbone = {name: x.cpu() for name, x in modules["teacher"].backbone.net.state_dict().items()}
+# ------------------------------------------------------------------------------------------------ k-NN evaluation
+
+KNN_BYTES = 2 ** 28                     # of similarities at a time, so that memory does not grow with the test set
+
+def center_crops(images, size, indices):
+    """Images -> (n, 3, size, size) uint8. If one is broken: the message (a str), as a worker cannot raise BadInput."""
+    crops = []
+    for i in indices:
         try:
-            os.makedirs(cfg.output, exist_ok=True)
-            replace_file(Path(cfg.output, "checkpoint.pt"), functools.partial(torch.save, content))
-            replace_file(Path(cfg.output, "backbone.pt"), functools.partial(torch.save, backbone))
-        except (OSError, RuntimeError) as error:            # torch reports a full disk by a RuntimeError
-            log.say(f"gld.py: cannot write {cfg.output}/ at step {step} ({' '.join(str(error).split())[:100]}); the "
-                    "previous file is kept, and the next save tries again", file=sys.stderr)
-            failed += 1
-    return not all_mean(failed).item()
+            image = images.read(i)
+        except Exception as error:          # decoders raise all kinds of errors for broken files
+            return f"--data: {images.name(i)} cannot be read: {one_line(error)}"
+        image = TF.resize(image, [round(size * 256 / 224)], TF.InterpolationMode.BICUBIC, antialias=True)
+        crops.append(TF.center_crop(image, [size, size]))
+    return torch.stack(crops)
+
+@torch.no_grad()
+def extract(network, images, size, cfg, device, rank, world):
+    """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, H, W) -> (M, C)."""
+    rows_each = math.ceil(len(images) / world)
+    mine = [(rank + world * i) % len(images) for i in range(rows_each)]         # the last may be a repeat
+    loader = torch.utils.data.DataLoader(mine, cfg.batch_size, num_workers=cfg.workers, worker_init_fn=ignore_signals,
+                                         collate_fn=functools.partial(center_crops, images, size))
+    rows = []
+    for x in loader:
+        if isinstance(x, str):
+            raise BadInput(x, "only here")
+        rows.append(F.normalize(network(normalise(x.to(device).float() / 255)).float(), dim=1).half())
+    rows = torch.cat(rows)
+    if world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(parts, rows)
+    return torch.stack(parts, 1).flatten(0, 1)[:len(images)]
+
+def knn(train, train_labels, val, val_labels, ks, temperature):
+    """{k: (top-1, top-5)} in percent, of k-NN on unit features (n, C): votes weigh exp(similarity / temperature)."""
+    classes = int(max(train_labels.max(), val_labels.max())) + 1
+    hits = {k: torch.zeros(2, device=train.device) for k in ks}
+    rows = max(1, KNN_BYTES // (4 * len(train)))
+    bank = train.float().T                  # products of float16 would round to a few values, and rank by chance
+    for chunk, labels in zip(val.split(rows), val_labels.split(rows)):
+        similarity, nearest = (chunk.float() @ bank).topk(min(max(ks), len(train)), dim=1)          # (rows, k)
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()     # a common factor, so that none overflows
+        for k in ks:
+            votes = torch.zeros(len(chunk), classes, device=train.device)
+            votes.scatter_add_(1, train_labels[nearest[:, :k]], weight[:, :k])
+            got, best = votes.topk(min(5, classes), dim=1)
+            right = (best == labels[:, None]) & (got > 0)                   # a class without a vote is no answer
+            hits[k] += torch.stack([right[:, 0].sum(), right.sum()])
+    return {k: tuple((100 * h / len(val)).tolist()) for k, h in hits.items()}
+
+def labelled(data, fraction):
+    """Training and validation `Images` of --data, with labels numbered alike. Raises BadInput."""
+    train = load_images(data, "train", fraction, must_split=True)
+    val = load_images(data, "val", must_split=True)
+    if train.classes is None:               # a built-in set
+        return train, val
+    unknown = [os.fsdecode(name) for name in val.classes if name not in train.classes]
+    if unknown:                             # images of such a class would silently count as wrong
+        places = ", ".join(f"val/{name}/" if name else "val/ itself" for name in unknown[:3])
+        raise BadInput(f"--data {data}: train/ has no class for the images in {places}; name the folders of val/ as "
+                       "those of train/ (A is not a)")
+    if len(train.classes) < 2:
+        raise BadInput(f"--data {data}: k-NN needs labels, that is class folders in train/ and val/")
+    number_in_train = np.searchsorted(train.classes, val.classes)
+    return train, replace(val, labels=number_in_train[val.labels])
+
+def top1_of_20nn(backbone, parts, cfg, device, rank, world):
+    """20-NN top-1 accuracy in percent, while training, of `labelled` images; None on all processes but the first."""
+    backbone.eval()
+    train, val = (extract(lambda x: backbone(x)[0], images, cfg.global_size, cfg, device, rank, world)
+                  for images in parts)
+    backbone.train()
+    if rank != 0:
+        return None
+    train_labels, val_labels = (torch.as_tensor(images.labels, device=device) for images in parts)
+    return knn(train, train_labels, val, val_labels, [20], 0.07)[20][0]
 
 # ------------------------------------------------------------------------------------------------ log
 
-@torch.no_grad()
-def diagnose(teacher, centers, boxes, grids, teacher_temp, cfg):
-    """Measures of the last batch of this process that tell a healthy run from a collapsed one."""
-    logits = teacher.image_z @ teacher.image_weight.T - centers[0]
-    log_p = F.log_softmax(logits / teacher_temp, dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
-    z = teacher.image_z.flatten(0, 2)                                                       # (Q*B, D), unit length
-    spread = 1 - z.mean(0).square().sum().item()            # the variance of z: 0 if all images give the same
-    matched = float(cfg.matching == "similarity")           # the share of patches that are not masked
-    if cfg.matching == "geometric":
-        first, second, *_ = boxes
-        weights = [geometric_matches(first, second, grids[0], grids[0], cfg.hinge)[1],
-                   geometric_matches(second, first, grids[0], grids[0], cfg.hinge)[1],
-                   geometric_matches(boxes[2:, None], boxes[:2], grids[-1], grids[0], cfg.hinge)[1]]
-        matched = torch.cat([w.flatten() for w in weights]).mean().item()
-    return dict(matched=matched, entropy=entropy, center_norm=centers[0].norm().item(), spread=spread)
+def say(message, everywhere=False, file=None):
+    """Print a line, on process 0 only unless `everywhere`. If nobody reads any more, that does not end the run."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        try:
+            print(message, file=file, flush=True)
+        except OSError:                                     # what is buffered would make Python's exit fail, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
-def signs_of_collapse(records, cfg, run_ended):
-    """What in the records of the log (one per epoch) looks like a collapse, in words; "" if nothing does."""
-    last, highest = records[-1], math.log(cfg.out_dim)
-    healthy = 0.01 * highest <= last["entropy"] <= 0.99 * highest and last["spread"] > 1e-3
-    if not healthy and last["epoch"] >= cfg.warmup_epochs:
-        return (f"WARNING: looks collapsed: the teacher's entropy is {last['entropy']:.2f} (ln K = {highest:.2f}), the "
-                f"variance of z {last['spread']:.4f}; try a lower --lr, or a smaller --batch-size")
-    knn = [record["knn"] for record in records if record.get("knn") is not None]
-    if run_ended and knn and knn[-1] < knn[0]:
-        return f"WARNING: the features got worse: 20-NN fell from {knn[0]:.1f} to {knn[-1]:.1f} %; try a lower --lr"
-    return ""
+@torch.no_grad()
+def diagnose(teacher, center, boxes, teacher_temp, cfg):
+    """Measures of the last batch of this process that tell a healthy run from a collapsed one."""
+    log_p = F.log_softmax((teacher.image_z @ teacher.image_weight.T - center) / teacher_temp, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
+    spread = 1 - teacher.image_z.mean((0, 1, 2)).square().sum().item()          # variance of z; 0 if all are the same
+    matched = float(cfg.matching == "similarity")           # the share of patches that are not masked,
+    if cfg.matching == "geometric":                         # of each global view in the other
+        weight = geometric_matches(boxes[:2], boxes[:2].flip(0), cfg.grids[0], cfg.grids[0], cfg.hinge)[1]
+        matched = weight.mean().item()
+    return dict(matched=matched, entropy=entropy, center_norm=center.norm().item(), spread=spread)
+
+def looks_collapsed(record, cfg):
+    """At the start, all outputs may be alike; later, they must neither be uniform, nor sure, nor all the same."""
+    share = record["entropy"] / math.log(cfg.out_dim)       # of the largest possible
+    return record["epoch"] >= cfg.warmup_epochs and not (0.01 <= share <= 0.99 and record["spread"] > 1e-3)
 
 class Log:
-    """Messages, and log.jsonl with one record per epoch. Only process 0 writes."""
+    """The sums over an epoch, and log.jsonl: one record per epoch, without those of steps that are done again."""
 
-    def __init__(self, cfg, rank, start, stop_at):
-        self.cfg, self.rank, self.stop_at = cfg, rank, stop_at
-        self.path = Path(cfg.output, "log.jsonl")
-        self.reported = time.perf_counter()                 # the last time
-        self.records = []
+    def __init__(self, cfg, start):
+        self.cfg, self.path = cfg, Path(cfg.output, "log.jsonl")
+        self.sums, self.reported = Counter(), time.perf_counter()
         with blame(f"--output {cfg.output}"):
             os.makedirs(cfg.output, exist_ok=True)
-            if self.path.exists():                          # keep the records of the steps that are not done again
-                records = map(json.loads, self.path.read_text().splitlines())
-                self.records = [record for record in records if record["step"] <= start]
+            lines = self.path.read_text().splitlines(True) if self.path.exists() else []
+            self.lines = [line for line in lines if json.loads(line)["step"] <= start]
 
-    def say(self, message, file=None):
-        if self.rank == 0 and message:
-            print(message, file=file, flush=True)
-
-    def report(self, record, sums, epoch_ended, run_ended):
-        """Print the record and the means over the epoch so far; at the end of epoch or run, add them to log.jsonl."""
+    def report(self, record, steps_left, ended):
+        """Add the means over the epoch so far to a record, and print it. If epoch or run has ended: write it, too."""
         self.reported = time.perf_counter()
-        speed = sums["steps"] * self.cfg.batch_size / sums["seconds"]
-        record |= {name: sums[name] / sums["steps"] for name in ("loss_image", "loss_patch", "grad_norm")}
-        record |= dict(images_per_second=speed, waiting=sums["waiting"] / sums["seconds"],
-                       unreadable=sums["unreadable"], gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
-        left = timedelta(seconds=int((self.stop_at - record["step"]) * self.cfg.batch_size / speed))
-        knn = f"20-NN {record['knn']:.1f} %, " if record.get("knn") is not None else ""
-        self.say("epoch {epoch} step {step} | loss image {loss_image:.3f} patch {loss_patch:.3f} matched {matched:.0%} "
-                 "entropy {entropy:.2f} lr {lr:.1e} | {knn_text}{images_per_second:.0f} images/s, {waiting:.0%} "
-                 "waiting for data, GPU {gpu_gib:.1f} GiB, {left} left".format(**record, knn_text=knn, left=left))
-        if not epoch_ended and not run_ended:
+        mean = {name: total / self.sums["steps"] for name, total in self.sums.items()}
+        record |= {name: mean[name] for name in ("loss_image", "loss_patch", "grad_norm")}
+        record |= dict(images_per_second=self.cfg.batch_size / mean["seconds"], unreadable=self.sums["unreadable"],
+                       waiting=mean["waiting"] / mean["seconds"], gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+        left = timedelta(seconds=int(steps_left * mean["seconds"]))
+        knn_text = f"20-NN {record['knn']:.1f} %, " if record.get("knn") is not None else ""
+        say("epoch {epoch} step {step} | loss image {loss_image:.3f} patch {loss_patch:.3f} matched {matched:.0%} "
+            "entropy {entropy:.2f} lr {lr:.1e} | {knn_text}{images_per_second:.0f} images/s, {waiting:.0%} waiting "
+            "for data, GPU {gpu_gib:.1f} GiB, {left} left".format(**record, knn_text=knn_text, left=left))
+        if not ended:
             return
-        self.records.append(record)
-        self.say(signs_of_collapse(self.records, self.cfg, run_ended))
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        if self.rank == 0:
+        if looks_collapsed(record, self.cfg):
+            say(f"WARNING: looks collapsed: the teacher's entropy is {record['entropy']:.2f} (ln K = "
+                f"{math.log(self.cfg.out_dim):.2f}), the variance of z {record['spread']:.4f}; try a lower --lr, or a "
+                "smaller --batch-size")
+        self.sums.clear()
+        self.lines.append(json.dumps(record) + "\n")
+        if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):              # the disk may be full: `save` says so
-                replace_file(self.path, lambda file: file.write(lines.encode()))
+                replace_file(self.path, lambda file: file.write("".join(self.lines).encode()))
 
-# ------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------ processes
+
+def join_processes(cfg):
+    """Join the other processes of torchrun, if there are any. Returns: rank, number of processes, device."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(cfg.device)
+    if cfg.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return rank, world, device
+
+def all_mean(x):
+    """Mean of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+def require_equal(value, problem, device):
+    """Raises BadInput in all processes if one has another value: they would wait for each other without end. (Each node
+    gets its own command, and may have its own files.)"""
+    checksum = zlib.crc32(json.dumps(value).encode())
+    if all_mean(torch.tensor(checksum, dtype=torch.float64, device=device)).item() != checksum:
+        raise BadInput(f"the processes {problem}")
+
+def catch_signals(world):
+    """From now on, SIGTERM, SIGHUP and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one
+    comes. The next one ends the program at once, but not under torchrun, which passes each Ctrl-C on a second time."""
+    received = []
+
+    def request(number, frame):
+        received.append(number)
+        if world == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with contextlib.suppress(OSError):              # print is not safe in a signal handler
+                os.write(2, b"stopping after this step; Ctrl-C again quits now\n")
+
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:   # nohup ignores it
+        signal.signal(signal.SIGHUP, request)
+    return received
+
+def ignore_signals(worker):
+    """In a DataLoader worker: leave the main process's group, so that a signal to the group (Ctrl-C, a closed terminal,
+    torchrun's SIGTERM) is for the main process alone, which needs this worker until the end of the step."""
+    os.setpgid(0, 0)
+
+# ------------------------------------------------------------------------------------------------ errors, main
+
+class BadInput(Exception):
+    """What the user has to change, in one line. A second argument: only this process knows of it."""
+
+def one_line(error):
+    return " ".join(str(error).split())[:300]
+
+@contextlib.contextmanager
+def blame(what):
+    """Any error in this block becomes a BadInput that begins with `what`, the flag or file at fault."""
+    try:
+        yield
+    except Exception as error:                              # decoders and torch.load raise all kinds
+        raise BadInput(f"{what}: {one_line(error)}") from None
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                               # one line, without the usage of all flags
+        raise BadInput(message)
 
 def run_script(script, work):
-    """Exit code of work(): its own; 2 for bad input, 130 for Ctrl-C, each with one line on stderr. Other errors are
-    not the user's input: they keep their traceback, and the code is 1."""
+    """Exit code of work(), or of what ended it in one line. Other errors are not the user's: they get a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:         # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")   # a file's name may be no text
     try:
         code = work()
         if dist.is_initialized():
@@ -1032,19 +1260,15 @@ def run_script(script, work):
     except BadInput as error:
         message, *only_here = error.args                    # else all processes meet it: say it once per node
         if only_here or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{script}: error: {message}", file=sys.stderr)
+            say(f"{script}: error: {message}", everywhere=True, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
+        say(f"{script}: interrupted", everywhere=True, file=sys.stderr)
         return 130
-    except Exception:
-        traceback.print_exc()       # here: Python's own would keep the DataLoader, and its workers, until it exits
-        return 1
 
 def main(argv=None):
     """Returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request after saving, 130 interrupted."""
     return run_script("gld.py", lambda: train(parse_arguments(argv)))
 
 if __name__ == "__main__":
-    from gld import main            # eval_knn imports gld: run that very module, or its classes would exist twice
     sys.exit(main())

@@ -839,7 +839,7 @@ def test_a_step_on_a_cuda_device_that_is_not_there(arch, without_kernels, monkey
         assert features.device == centers.device == device and features.shape == (2 * B, network.width)
         labels = torch.zeros(2 * B, dtype=torch.int64)
         monkeypatch.setattr(eval_knn, "max", lambda *numbers: 10, raising=False)     # fake labels have no maximum
-        eval_knn.knn(features, labels, features, labels, [10, 20], 0.07)
+        gld.knn(features, labels, features, labels, [10, 20], 0.07)
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -1529,14 +1529,14 @@ def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize("queries,temperature", [(1, 0.07), (32, 1e-3), (101, 0.07)])
 def test_knn_equals_the_definition_in_float64(queries, temperature, monkeypatch):
     """Features in float16 whose similarities have no ties in float32, though products in float16 would have many."""
-    monkeypatch.setattr(eval_knn, "CHUNK_BYTES", 4 * 300 * 7)    # seven queries at a time
+    monkeypatch.setattr(gld, "KNN_BYTES", 4 * 300 * 7)    # seven queries at a time
     g = torch.Generator().manual_seed(queries)
     base = torch.randn(64, generator=g)    # all images look alike: similarities differ by less than a step of float16
     train, val = (F.normalize(base + 0.1 * torch.randn(n, 64, generator=g), dim=1).half() for n in (300, queries))
     labels, truth = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (queries,), generator=g)
     exact = val.double() @ train.double().T
     assert all(len(row.unique()) == 300 for row in exact) and len((val @ train.T)[0].unique()) < 30
-    for k, found in eval_knn.knn(train, labels, val, truth, [1, 3, 10, 999], temperature).items():
+    for k, found in gld.knn(train, labels, val, truth, [1, 3, 10, 999], temperature).items():
         top1 = top5 = 0
         for similarity, label in zip(exact, truth.tolist()):
             votes = {}                  # a class without votes is not in the top 5; at 1e-3, exp(similarity) overflows
@@ -1600,7 +1600,7 @@ def test_classes_that_train_lacks_are_refused(tmp_path, train, val, words):
     for folder in [*(f"train/{name}" for name in train.split()), *(f"val/{name}" for name in val.split())]:
         save_pictures(tmp_path / folder, 2)
     with pytest.raises(gld.BadInput, match=words) if words else contextlib.nullcontext():
-        _, labels = eval_knn.labelled(str(tmp_path), 1)
+        _, labels = gld.labelled(str(tmp_path), 1)
         assert [y.tolist() for y in labels] == [[0, 0, 1, 1, 2, 2], [2, 2]]
 
 SWIN = {r"features\.0\.0": "patch_embed.proj", r"features\.0\.2": "patch_embed.norm", r"mlp\.0": "mlp.fc1",
@@ -1637,7 +1637,7 @@ def test_foreign_weights_load_strictly_and_start_a_run(tmp_path, kind):
             key = re.sub(ours, theirs, key)
         state[key] = value.view(49, 49) if key.endswith("position_index") else value
     torch.save(wrap(state), path)
-    found, image_size, options = eval_knn.load_backbone(path)
+    found, image_size, options = gld.load_backbone(path)
     assert (found.arch, found.patch_size, image_size) == (arch, 16, size) and options.get("global_size", size) == size
     torch.testing.assert_close(found(x), backbone(x))
     frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
@@ -1664,7 +1664,7 @@ def test_foreign_weights_load_strictly_and_start_a_run(tmp_path, kind):
     for changed in ({key: state[key] for key in state if key != last}, state | {f"{last}.extra": torch.zeros(1)}):
         torch.save(wrap(changed), path)
         with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
-            eval_knn.load_backbone(path, flag="--init-from")
+            gld.load_backbone(path, flag="--init-from")
 
 def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
     train_ok("--max-steps 2 --output a", tmp_path)
