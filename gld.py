@@ -4,31 +4,31 @@
     python gld.py                                                             # the built-in dataset: 1-2 minutes
     python eval_knn.py                                                        # how good are the features?
     python gld.py --data PATH/TO/IMAGES --arch vit_small --batch-size 64      # your images, one GPU
-    torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET   # the paper's settings
+    torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET   # the paper (geometric is the default)
 
 A student network learns without labels from a teacher network. The teacher's weights are an exponential moving average
 (EMA) of the student's. Both see views (random crops) of an image. The student sees all V views: 2 large ones, called
 global, and L small ones, called local. The teacher sees the Q = 2 global views only. From one view, the student learns
 to predict the teacher's output for another view of the same image. The image loss does this for whole views, as in
-DINO. The patch loss, which GLSD adds, does it for patches: from a patch of its view, the student learns to predict the
-teacher's output for the matching patch of the other view. Which patch matches? `--matching` says it:
+DINO. The patch loss does it for patches: from a patch of its view, the student learns to predict the teacher's output
+for the matching patch of the other view. Which patch matches? `--matching` says it:
 
-    geometric     the patch that shows the same place of the image: the method of the paper, and the default
-    similarity    the patch with the most similar features, as in EsViT
-    none          there is no patch loss, and the method is DINO
+    geometric     the patch that shows the same place of the image: what GLSD proposes
+    similarity    the patch with the most similar features: what EsViT proposed before
+    none          there is no patch loss: DINO
 
 Letters in shapes:
 
     B    images of one step in one process           C    width of the backbone's features
-    V    student views, the 2 global ones first      D    width of z, the input of a head's last layer
+    V    student views, the 2 global ones first      D    width of z, from which a head's last layer makes K logits
     Q    teacher views: the 2 global ones            K    outputs of a head, called prototypes: classes, but learned
-    G    views of one size: 2 global or L local      N    patches of a view, row by row: rows * cols
+    G    views of one size: 2 global or L local      N    patches of a view, row by row; Ns, Nt: of student, teacher
     M    crops of one size: G * B                    S    side of a view, pixels
     box  where a view was cropped: (top, left, height, width, flip), pixels of the original image; flip is 0 or 1
 
 Hyperparameters: the defaults of --preset small, which trains on a laptop, and of --preset paper. Built-in datasets take
 small, a folder takes paper, unless --preset is given. --batch-size counts the images of one step in all processes
-together; --lr is for 256 of them, and is scaled to the batch size. `--help` shows all options.
+together. The learning rate is lr * batch size / 256. `--help` shows all options.
 
     --arch                conv_tiny    swin_t
     --global-size         32           224
@@ -41,14 +41,12 @@ together; --lr is for 256 of them, and is scaled to the batch size. `--help` sho
     --teacher-momentum    0.99         0.996
     --teacher-temp        0.04         0.07
 
-Part I is the paper. Read it from top to bottom. Part II is what it calls: options, augmentation, backbones, images,
-checkpoints, k-NN evaluation, log, processes and errors. matching_kernels.py computes the loss fast.
+Part I is the paper: read it from top to bottom. Part II is what it calls. matching_kernels.py computes the loss fast.
 """
 import argparse
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import math
 import os
@@ -61,6 +59,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,12 +69,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from numpy.random import default_rng
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.swin_transformer import (ShiftedWindowAttention, SwinTransformerBlock,
                                                  shifted_window_attention)
 from torchvision.ops import StochasticDepth
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from matching_kernels import geometric_matches, head_cross_entropy, similarity_matches
@@ -88,7 +88,8 @@ MAX_OVERFLOWS = 20                      # so many steps in a row may overflow in
 # ------------------------------------------------------------------------------------------------ views and boxes
 
 class Views(NamedTuple):
-    """The G views of one size of one image, and how to augment them. In a batch, every shape has B in front."""
+    """The G views of one size of one image, and how to augment them. `load_batch` flips and augments those of a batch:
+    it makes pixels (G, B, 3, S, S) of each size, and boxes (V, B, 5) of all views together."""
     crops: torch.Tensor             # (G, 3, S, S) uint8, cropped and resized, not yet flipped or augmented
     boxes: torch.Tensor             # (G, 5) top, left, height, width, flip
     jitter: torch.Tensor            # (G, 4) factors of brightness, contrast, saturation (1: no change), hue shift (0)
@@ -99,8 +100,8 @@ class Views(NamedTuple):
 
 def crop_views(image, cfg):
     """One image (3, height, width) uint8 -> a list: its global `Views` and, if there are any, its local `Views`."""
-    draw_global = functools.partial(draw_view, image, cfg.global_size, cfg.global_scale, cfg.blur_sigma)
-    draw_local = functools.partial(draw_view, image, cfg.local_size, cfg.local_scale, cfg.blur_sigma)
+    draw_global = partial(draw_view, image, cfg.global_size, cfg.global_scale, cfg.blur_sigma)
+    draw_local = partial(draw_view, image, cfg.local_size, cfg.local_scale, cfg.blur_sigma)
     global_views = [draw_global(blur_p=1.0, solarise_p=0.0), draw_global(blur_p=0.1, solarise_p=0.2)]
     local_views = [draw_local(blur_p=0.5, solarise_p=0.0) for _ in range(cfg.local_views)]
     return [stack_views(views) for views in (global_views, local_views) if views]
@@ -110,13 +111,14 @@ def stack_views(views):
     return Views(*(torch.stack(field) for field in zip(*views)))
 
 def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
-    """One view with DINO's random parameters: a `Views` without the axis G. blur_p, solarise_p: probabilities."""
+    """One view with DINO's random parameters: a `Views` without the axis G. blur_p, solarise_p: probabilities. (The
+    dataset seeds torch's generator before.)"""
     flip_u, jitter_u, grey_u, sigma_u, blur_u, solarise_u = torch.rand(6).tolist()          # uniform in [0, 1)
     box = RandomResizedCrop.get_params(image, scale, ratio=(3 / 4, 4 / 3))                  # top, left, height, width
     order, *factors = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
     sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * sigma_u
     return Views(
-        crops=TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC, antialias=True),
+        crops=TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True),
         boxes=torch.tensor([*box, float(flip_u < 0.5)]),
         jitter=torch.tensor(factors if jitter_u < 0.8 else [1.0, 1.0, 1.0, 0.0]),
         order=order,
@@ -127,20 +129,24 @@ def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
 # ------------------------------------------------------------------------------------------------ networks
 
 class Head(nn.Module):
-    """An MLP to unit vectors z, and a last layer without bias: the logits are z @ weight().T. forward returns z, since
-    the logits of all patches would take gigabytes (K = 65536). The loss makes those of a few images at a time."""
+    """An MLP to unit vectors z, and a last layer without bias: the logits are z @ weight().T. forward returns z. The
+    loss computes the logits, for a few images at a time: those of all patches would take gigabytes (K = 65536)."""
 
     def __init__(self, width, cfg):
         super().__init__()
         hidden = cfg.head_hidden
         D = cfg.head_bottleneck
         K = cfg.out_dim
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, D))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, D))
         self.direction = nn.Parameter(torch.empty(K, D).uniform_(-1, 1) / D ** 0.5)
-        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)
+        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # or it stays 1
         for layer in self.mlp[::2]:                                             # the linear ones
-            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # official: 0.02, at 2048
+            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # as DINO at its width, 2048
             nn.init.zeros_(layer.bias)
 
     def weight(self):
@@ -160,7 +166,8 @@ class Outputs(NamedTuple):
     patch_weight: torch.Tensor      # (K, D) last layer of the patch head, or None
 
 class Network(nn.Module):
-    """Backbone, image head and, unless matching is none, patch head. Student and teacher are one each."""
+    """Backbone, image head and, unless matching is none, patch head. Student and teacher are one each; drop_path is the
+    rate of stochastic depth, in the student alone."""
 
     def __init__(self, cfg, drop_path=0.0):
         super().__init__()
@@ -198,7 +205,8 @@ def patch_midpoints(box, grid):
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
     """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight of 1; but 0 if
-    their distance is half the diagonal of the larger one of the two patches, or more."""
+    their distance is half the diagonal of the larger one of the two patches, or more. (The official code calls this
+    cut-off "hinge". With hinge=False, every weight is 1.)"""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
     diagonals = [torch.hypot(box[2] / rows, box[3] / cols)                                  # of one patch
@@ -210,7 +218,12 @@ def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=
 
 def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_temp, hinge=True):
     """The patch loss with geometric matching. student: V logits (B, N, K). teacher: Q logits (B, N, K). center: (K,).
-    boxes: (V, B, 5). view_grids: V pairs (rows, cols)."""
+    boxes: (V, B, 5). view_grids: (rows, cols) for each of the V views.
+
+    The center is a running mean of the teacher's logits; `train` updates it in each step. Without it, the networks
+    could collapse to one prototype for every image. The low teacher temperature prevents the other collapse, to equal
+    probabilities of all prototypes.
+    """
     # all pairs of a teacher view q and another view v; the first Q views of the student are those of the teacher
     pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
     losses = []
@@ -220,7 +233,7 @@ def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_t
         for b in range(len(target)):
             match, weight = nearest_patches(boxes[v, b], boxes[q, b], view_grids[v], view_grids[q], hinge)
             cross_entropy = -(target[b, match] * log_p[b]).sum(dim=-1)                      # (Ns,)
-            losses.append((weight * cross_entropy).mean())          # patches of weight 0 count in this mean
+            losses.append((weight * cross_entropy).mean())          # divided by Ns: patches of weight 0 count, too
     return sum(losses) / len(losses)
 
 def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
@@ -233,15 +246,10 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     `head_cross_entropy` computes the same, fast, but the sum over all pairs of views, not their mean. It is given z and
     the last layers, and never holds all logits in memory. For geometric matching, it is given the boxes, and finds the
     matches itself, by a formula in place of all distances. See matching_kernels.py.
-
-    The center is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
-    for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
-
     Args:
         student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
         centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
-        boxes: (V, B, 5). grids: a list with (rows, cols) of the patches for each size of view.
-        hinge: False: every weight is 1. (The official code calls the cut-off at half a diagonal so.)
+        boxes: (V, B, 5). grids: (rows, cols) of the patches for each size of view: one or two pairs.
         impl: "triton", "torch" or "auto", see matching_kernels.py.
     """
     Q = len(teacher.image_z)
@@ -256,8 +264,8 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
         match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:Q], teacher_grid=grids[0],
                         hinge=hinge)
     else:
-        match_by = dict(index=[similarity_matches(x[:, None], teacher.features[0])          # (G, 1, B, ..), (Q, B, ..)
-                               for x in student.features])                                  # -> (G, Q, B, N)
+        # of each student view (G, 1, B, N, C) with each teacher view (Q, B, N, C): indices (G, Q, B, Ns)
+        match_by = dict(index=[similarity_matches(x[:, None], teacher.features[0]) for x in student.features])
     patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
                                     centers[1], **match_by, **common) / n_pairs
     return (image_loss + patch_loss) / 2, image_loss, patch_loss
@@ -276,20 +284,20 @@ def mean_logits(teacher):
 def cosine(peak, end, step, steps, warmup=0):
     """A schedule at `step`: linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`."""
     if step < warmup:
-        return peak * step / max(1, warmup - 1)             # as np.linspace(0, peak, warmup): the last is `peak`
+        return peak * step / max(1, warmup - 1)             # as in DINO: the first step has 0, the last one `peak`
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 def teacher_temp_at(epoch, cfg):
     """Linear from --warmup-teacher-temp to --teacher-temp in --warmup-teacher-temp-epochs, then constant."""
     if epoch >= cfg.warmup_teacher_temp_epochs:
         return cfg.teacher_temp
-    progress = epoch / max(1, cfg.warmup_teacher_temp_epochs - 1)               # as np.linspace, too
+    progress = epoch / max(1, cfg.warmup_teacher_temp_epochs - 1)               # as in `cosine`
     return cfg.warmup_teacher_temp + progress * (cfg.teacher_temp - cfg.warmup_teacher_temp)
 
 @torch.no_grad()
 def clip_gradients(grads, limit):
-    """Scale each gradient by itself to a norm of at most `limit`, in place; 0: leave all as they are. The values are
-    those of `clip_grad_norm_` for one parameter after another. Returns: the norm of all together before, a tensor."""
+    """Clip the gradient of each parameter separately to a norm of at most `limit`, in place; 0: clip none. The same as
+    `clip_grad_norm_` for one parameter after another. Returns: the norm of all gradients together, before clipping."""
     norms = torch.stack(torch._foreach_norm(grads))
     if limit:
         factors = (limit / (norms + 1e-6)).clamp(max=1)
@@ -314,10 +322,9 @@ def make_state(cfg, device):
 def train(cfg):
     """Train a student and its teacher; under torchrun, as one of several processes. Returns: the exit code.
 
-    A resumed run ends with the same bits as one that was never stopped. For that, random draws do not depend on earlier
-    ones: the order of the images is drawn from seed and epoch, the views of an image from seed, epoch and image,
-    stochastic depth from seed, step and process. (On a CPU, with as many processes and threads. On a GPU, the last bits
-    may change.)
+    A resumed run ends with the same bits as one that was never stopped (on a CPU, with as many processes and threads).
+    For that, random draws do not depend on earlier ones: the order of the images is drawn from seed and epoch, the
+    views of an image from seed, epoch and image, stochastic depth from seed, step and process.
     """
     rank, world, device = join_processes(cfg)
     images = load_images(cfg.data, "train", cfg.data_fraction)
@@ -338,12 +345,11 @@ def train(cfg):
     say(describe(cfg, images, steps, start))
     stop_requests = catch_signals(world)                    # a list that is empty until a signal asks to stop
     batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
-    batch, _ = load_batch(batches, device, cfg)             # augmented views, boxes, images that could not be read
-    overflows = 0                                           # steps in a row in which a float16 gradient overflowed
+    batch, waited = load_batch(batches, device, cfg)
 
     for step in range(start, stop_at):
         began = time.perf_counter()
-        pixels, boxes, problems = batch
+        pixels, boxes, problems = batch                     # problems: images that could not be read
         epoch = step // steps_per_epoch
         lr = cosine(cfg.lr * cfg.batch_size / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
         weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
@@ -363,7 +369,7 @@ def train(cfg):
             student_out, teacher_out, centers, boxes, cfg.grids, teacher_temp=teacher_temp, matching=cfg.matching,
             hinge=cfg.hinge, impl=cfg.impl)
 
-        # 2. gradients: backward; in the first epochs, freeze the last layers; clip each parameter by itself
+        # 2. gradients: backward; in the first epochs, freeze the last layers; clip them, parameter by parameter
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         if epoch < cfg.freeze_last_layer:
@@ -375,22 +381,18 @@ def train(cfg):
 
         # 3. average over the processes before anything changes: so a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)     # a tensor
-        next_batch, waited = load_batch(batches, device, cfg)       # before tolist(), which waits for the GPU
-        values = StepValues(*shared.tolist())               # both losses, the norm, is the center finite?, two counts
-        if scaler.is_enabled() and not math.isfinite(values.grad_norm) and overflows < MAX_OVERFLOWS:
-            overflows += 1
-            values = values._replace(grad_norm=0.0)         # no reason to stop
-        else:
-            overflows = 0
-        if diverged(values, step, lr):                      # one of them is NaN or infinite: say which
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
+        next_batch, waited = load_batch(batches, device, cfg)       # the GPU is still busy; tolist() waits for it
+        values = StepValues(*shared.tolist())               # the means of the six, as numbers
+        if log.diverged(values, step, lr, scaler):          # NaN or infinite; but a float16 gradient may overflow
             return 1
 
         # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
-        scaler.step(optimizer)                              # after a float16 overflow, the student alone stays as it is
+        scaler.step(optimizer)                              # skipped if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # not its batch norm statistics: it keeps its own
+        with torch.no_grad():
+            # parameters only: the teacher has batch norm statistics of its own
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
@@ -430,61 +432,61 @@ class Option(NamedTuple):
     name: str
     type: type                          # bool, int, float or str
     small: object                       # a list of two numbers: an interval; None: see `parse_arguments`
-    allowed: tuple                      # (lowest, highest) of a number; names that a str may have; or None
     meaning: str
+    allowed: tuple = None               # (lowest, highest) of a number, None: NOT_NEGATIVE; names that a str may have
     paper: object = None                # None: as small
 
 # These may change when a run is resumed. (A folder may move; its images are compared.)
 RUN_OPTIONS = [Option(*row) for row in (
-    ("data", str, "shapes", None, "folder of images, or a built-in dataset: " + ", ".join(BUILT_IN_SETS)),
-    ("output", str, "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
-    ("resume", bool, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
-    ("save_every", int, 1, AT_LEAST_1, "epochs between checkpoints"),
-    ("eval_every", int, None, NOT_NEGATIVE, "epochs between k-NN evaluations, 0: none (shapes: 1, else 0)"),
-    ("max_steps", int, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all"),
-    ("workers", int, min(PROCESSORS, 10), NOT_NEGATIVE, "DataLoader workers per process"),
-    ("precision", str, "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype"),
-    ("compile", bool, False, None, "torch.compile the networks"),
-    ("impl", str, "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py"),
-    ("device", str, "auto", ("auto", "cpu", "cuda"), "auto: cuda if available"),
+    ("data", str, "shapes", "folder of images, or a built-in dataset: shapes, cifar10"),
+    ("output", str, "output", "folder for checkpoint.pt, backbone.pt and log.jsonl"),
+    ("resume", bool, True, "resume from OUTPUT/checkpoint.pt if it exists"),
+    ("save_every", int, 1, "epochs between checkpoints", AT_LEAST_1),
+    ("eval_every", int, None, "epochs between k-NN evaluations, 0: none (shapes: 1, else 0)"),
+    ("max_steps", int, 0, "stop after this many steps, on the schedule of --epochs; 0: all"),
+    ("workers", int, min(PROCESSORS, 10), "DataLoader workers per process"),
+    ("precision", str, "auto", "network compute dtype", ("auto", "bf16", "fp16", "fp32")),
+    ("compile", bool, False, "torch.compile the networks"),
+    ("impl", str, "auto", "code path of the loss, see matching_kernels.py", ("auto", "triton", "torch")),
+    ("device", str, "auto", "auto: cuda if available", ("auto", "cpu", "cuda")),
 )]
 # These make the result: they stay the same when a run is resumed.
 RESULT_OPTIONS = [Option(*row) for row in (
-    ("data_fraction", float, 1.0, FRACTION, "use this fraction of each class, always the same images"),
+    ("data_fraction", float, 1.0, "use this fraction of each class, always the same images", FRACTION),
     # views
-    ("global_size", int, 32, AT_LEAST_1, "side of a global view, pixels", 224),
-    ("local_size", int, 16, AT_LEAST_1, "side of a local view, pixels", 96),
-    ("local_views", int, 4, NOT_NEGATIVE, "L, number of local views per image", 8),
-    ("global_scale", float, [0.4, 1.0], FRACTION, "area of a global view, as a fraction of the image's"),
-    ("local_scale", float, [0.1, 0.4], FRACTION, "the same of a local view", [0.05, 0.4]),
-    ("blur_sigma", float, [0.1, 0.5], POSITIVE, "range of the Gaussian blur's sigma, pixels", [0.1, 2.0]),
+    ("global_size", int, 32, "side of a global view, pixels", AT_LEAST_1, 224),
+    ("local_size", int, 16, "side of a local view, pixels", AT_LEAST_1, 96),
+    ("local_views", int, 4, "L, number of local views per image", NOT_NEGATIVE, 8),
+    ("global_scale", float, [0.4, 1.0], "area of a global view, as a fraction of the image's", FRACTION),
+    ("local_scale", float, [0.1, 0.4], "the same of a local view", FRACTION, [0.05, 0.4]),
+    ("blur_sigma", float, [0.1, 0.5], "range of the Gaussian blur's sigma, pixels", POSITIVE, [0.1, 2.0]),
     # networks
-    ("arch", str, "conv_tiny", ARCHS, "backbone", "swin_t"),
-    ("patch_size", int, 8, AT_LEAST_1, "patch size of a ViT, pixels", 16),
-    ("drop_path", float, None, (0, 0.999), "stochastic depth (small: 0, paper: 0.1, but 0.2 for swin_s and swin_b)"),
-    ("out_dim", int, 256, (2, 1e9), "K, output dimension of a head", 65536),
-    ("head_hidden", int, 128, AT_LEAST_1, "hidden width of a head", 2048),
-    ("head_bottleneck", int, 64, AT_LEAST_1, "D, width before the last layer of a head", 256),
-    ("norm_last_layer", bool, True, None, "fix the weight-norm gain of the last layer at 1", False),
-    ("init_from", str, "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
+    ("arch", str, "conv_tiny", "backbone", ARCHS, "swin_t"),
+    ("patch_size", int, 8, "patch size of a ViT, pixels", AT_LEAST_1, 16),
+    ("drop_path", float, None, "stochastic depth (small: 0, paper: 0.1, but 0.2 for swin_s and swin_b)", (0, 0.999)),
+    ("out_dim", int, 256, "K, output dimension of a head", (2, 1e9), 65536),
+    ("head_hidden", int, 128, "hidden width of a head", AT_LEAST_1, 2048),
+    ("head_bottleneck", int, 64, "D, width before the last layer of a head", AT_LEAST_1, 256),
+    ("norm_last_layer", bool, True, "fix the weight-norm gain of the last layer at 1", None, False),
+    ("init_from", str, "", "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
     # the loss
-    ("matching", str, "geometric", ("geometric", "similarity", "none"), "which patches match; none: DINO"),
-    ("hinge", bool, True, None, "geometric matching: leave out patches without a teacher patch close by"),
-    ("teacher_temp", float, 0.04, POSITIVE, "teacher temperature", 0.07),
-    ("warmup_teacher_temp", float, 0.04, POSITIVE, "teacher temperature at the start"),
-    ("warmup_teacher_temp_epochs", int, 0, NOT_NEGATIVE, "epochs of its linear warm-up", 30),
+    ("matching", str, "geometric", "which patches match; none: DINO", ("geometric", "similarity", "none")),
+    ("hinge", bool, True, "geometric matching: leave out patches without a teacher patch close by"),
+    ("teacher_temp", float, 0.04, "teacher temperature", POSITIVE, 0.07),
+    ("warmup_teacher_temp", float, 0.04, "teacher temperature at the start", POSITIVE),
+    ("warmup_teacher_temp_epochs", int, 0, "epochs of its linear warm-up", NOT_NEGATIVE, 30),
     # optimisation
-    ("epochs", int, 10, AT_LEAST_1, "passes over the data", 300),
-    ("batch_size", int, 32, AT_LEAST_1, "images per step, over all processes", 256),
-    ("lr", float, 1.6e-2, NOT_NEGATIVE, "learning rate per 256 images of the batch", 5e-4),
-    ("min_lr", float, 1e-6, NOT_NEGATIVE, "learning rate at the end (cosine)"),
-    ("warmup_epochs", float, 1.0, NOT_NEGATIVE, "epochs of linear warm-up of the learning rate", 10.0),
-    ("weight_decay", float, 0.04, NOT_NEGATIVE, "weight decay at the start"),
-    ("weight_decay_end", float, 0.4, NOT_NEGATIVE, "weight decay at the end (cosine)"),
-    ("clip_grad", float, 3.0, NOT_NEGATIVE, "largest gradient norm of each parameter; 0: any"),
-    ("freeze_last_layer", int, 0, NOT_NEGATIVE, "epochs in which the last layer of the heads is frozen", 1),
-    ("teacher_momentum", float, 0.99, (0, 1), "the EMA's momentum at the start (cosine to 1)", 0.996),
-    ("seed", int, 0, NOT_NEGATIVE, "random seed"),
+    ("epochs", int, 10, "passes over the data", AT_LEAST_1, 300),
+    ("batch_size", int, 32, "images per step, over all processes", AT_LEAST_1, 256),
+    ("lr", float, 1.6e-2, "learning rate per 256 images of the batch", NOT_NEGATIVE, 5e-4),
+    ("min_lr", float, 1e-6, "learning rate at the end (cosine)"),
+    ("warmup_epochs", float, 1.0, "epochs of linear warm-up of the learning rate", NOT_NEGATIVE, 10.0),
+    ("weight_decay", float, 0.04, "weight decay at the start"),
+    ("weight_decay_end", float, 0.4, "weight decay at the end (cosine)"),
+    ("clip_grad", float, 3.0, "largest gradient norm of each parameter; 0: any"),
+    ("freeze_last_layer", int, 0, "epochs in which the last layer of the heads is frozen", NOT_NEGATIVE, 1),
+    ("teacher_momentum", float, 0.99, "the EMA's momentum at the start (cosine to 1)", (0, 1), 0.996),
+    ("seed", int, 0, "random seed"),
 )]
 OPTIONS = RUN_OPTIONS + RESULT_OPTIONS
 
@@ -507,7 +509,7 @@ def add_option(parser, option):
 
 def check_range(option, value):
     """Raises BadInput for a number, or an interval, outside of what is allowed."""
-    low, high = option.allowed
+    low, high = option.allowed or NOT_NEGATIVE
     values = value if isinstance(value, list) else [value]
     if not low <= values[0] <= values[-1] <= high:          # NaN is refused, too
         order = ", the lower value first" if len(values) > 1 else ""
@@ -638,8 +640,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 def normalise(x):
     """x (M, 3, S, S) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
     # channel by channel: a tensor of three means would have to be copied to the GPU in each call
-    channels = [(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)]
-    return torch.stack(channels, 1)
+    return torch.stack([(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)], 1)
 
 # ------------------------------------------------------------------------------------------------ backbones
 
@@ -689,8 +690,8 @@ class Backbone(nn.Module):
             self.init_vit()
         elif arch.startswith("swin"):
             self.net = getattr(torchvision.models, arch)(
-                block=functools.partial(SwinTransformerBlock, attn_layer=SwinAttention),
-                norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))           # official; torchvision's has 1e-5
+                block=partial(SwinTransformerBlock, attn_layer=SwinAttention),
+                norm_layer=partial(nn.LayerNorm, eps=1e-6))           # official; torchvision's has 1e-5
             self.width = self.net.head.in_features
             self.net.head = nn.Identity()
             for block in self.net.features[7]:                                  # official: no shift in the last stage
@@ -804,7 +805,7 @@ def load_images(data, split, fraction=1.0, must_split=False):
     else:
         images = load_folder(data, split, must_split)
     if fraction < 1:
-        rng = np.random.default_rng(0)
+        rng = default_rng(0)
         classes = [rng.permutation(np.flatnonzero(images.labels == c)) for c in np.unique(images.labels)]
         keep = np.sort(np.concatenate([c[:math.ceil(fraction * len(c))] for c in classes]))
         images = replace(images, items=images.items[keep], labels=images.labels[keep])
@@ -836,10 +837,10 @@ def load_folder(data, split, must_split):
         raise BadInput(f"--data {data}: {problem}, and not {' or '.join(BUILT_IN_SETS)}")
     with blame(f"--data {data}"):
         if (root / split).is_dir():
-            others = [other for other in root.iterdir() if other.is_dir() and other.name.lower() not in SPLITS]
-            with_images = [other.name for other in others if any(map(is_image, files_below(other)))]
-            if with_images and split == "train" and not (root / "val").is_dir():
-                raise BadInput(f"is train/ a class, as {with_images[0]}/ is? Rename it, or give {root / split}")
+            if split == "train" and not (root / "val").is_dir():
+                found = (os.path.relpath(path, root) for path in files_below(root) if is_image(path))
+                for folder in {os.path.dirname(path).split("/")[0] for path in found} - SPLITS - {""}:
+                    raise BadInput(f"is train/ a class, as {folder}/ is? Rename it, or give {root / split}")
             root = root / split
         elif must_split:
             raise BadInput(f"must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
@@ -879,7 +880,7 @@ def draw_shapes(n, seed, size=48):
     The class is the shape that tiles the image. Position, scale, rotation, colours (slow gradients) and which of shape
     and background is lighter are random, so that no single pixel tells the class.
     """
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     y, x = np.mgrid[:size, :size]
     # colours run between four corners: the share of each corner, (size, size, 4)
     blend = np.stack([y * x, y * (size - x), (size - y) * x, (size - y) * (size - x)], -1) / size ** 2
@@ -908,16 +909,15 @@ class ViewDataset(Dataset):
     def __getitem__(self, key):
         epoch, i = key
         seed = draw_seed(self.cfg.seed, epoch, i)
-        others = np.random.default_rng(seed).integers(len(self.images), size=20)
+        others = default_rng(seed).integers(len(self.images), size=20)
         problem = ""
-        for attempt in (i, *others.tolist()):
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)   # the last resort
+        for attempt in (i, *others):
             try:
                 image = self.images.read(attempt)
                 break
             except Exception as error:                      # decoders raise all kinds of errors for broken files
                 problem = problem or f"{self.images.path(i)}: {one_line(error)}"
-        else:
-            image = torch.zeros(3, 64, 64, dtype=torch.uint8)               # the last resort
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)       # torch.manual_seed would seed a GPU, too
             return crop_views(image, self.cfg), problem
@@ -930,7 +930,7 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
         for step in steps:
             epoch, position = divmod(step, steps_per_epoch)
             if position == 0 or step == steps.start:
-                order = np.random.default_rng((cfg.seed, epoch)).permutation(len(images))
+                order = default_rng((cfg.seed, epoch)).permutation(len(images))
             first = position * cfg.batch_size + rank * share
             yield [(epoch, i) for i in order[first:first + share].tolist()]
 
@@ -951,7 +951,7 @@ def load_batch(batches, device, cfg):
     views = [Views(*(field.to(device, non_blocking=True) for field in part)) for part in views]
     pixels = [augment(part, cfg.blur_sigma[1]) for part in views]
     boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)                    # B comes second from here
-    return (pixels, boxes, [problem for problem in problems if problem]), waited
+    return (pixels, boxes, list(filter(None, problems))), waited
 
 # ------------------------------------------------------------------------------------------------ weights
 
@@ -1081,8 +1081,7 @@ def initialise(cfg, student, teacher):
 def resume(cfg, state):
     """Load OUTPUT/checkpoint.pt into `state` if it exists, else --init-from. Returns: the first step to do. Raises
     BadInput if the checkpoint was made with other images or options that make the result."""
-    path = Path(cfg.output, "checkpoint.pt")
-    start = 0
+    start, path = 0, Path(cfg.output, "checkpoint.pt")
     if cfg.resume and path.exists():
         content = load_file(path, "--output")
         before = content.get("options", {})
@@ -1144,8 +1143,8 @@ def center_crops(images, size, indices):
             image = images.read(i)
         except Exception as error:          # decoders raise all kinds of errors for broken files
             return f"--data: {images.path(i)} cannot be read: {one_line(error)}"
-        image = TF.resize(image, [round(size * 256 / 224)], TF.InterpolationMode.BICUBIC, antialias=True)
-        crops.append(TF.center_crop(image, [size, size]))
+        image = TF.resize(image, [round(size * 256 / 224)], InterpolationMode.BICUBIC, antialias=True)
+        crops.append(TF.center_crop(image, size))
     return torch.stack(crops)
 
 @torch.no_grad()
@@ -1155,7 +1154,7 @@ def extract(network, images, size, cfg, device, rank, world):
     mine = [i % len(images) for i in range(rank * share, (rank + 1) * share)]   # as many in all processes
     loader = DataLoader(mine, cfg.batch_size, num_workers=cfg.workers,
                                          worker_init_fn=leave_process_group,
-                                         collate_fn=functools.partial(center_crops, images, size))
+                                         collate_fn=partial(center_crops, images, size))
     rows = []
     for x in loader:
         if isinstance(x, str):
@@ -1262,6 +1261,7 @@ class Log:
         self.cfg = cfg
         self.sums = Counter()
         self.named = set()                                  # images that could not be read
+        self.overflows = 0                                  # steps in a row in which a float16 gradient overflowed
         self.reported = -math.inf                           # when a line was last printed
         problem = on_first_process(self.open)
         if problem:
@@ -1288,10 +1288,27 @@ class Log:
 
         on_first_process(drop)
 
+    def diverged(self, values, step, lr, scaler):
+        """True, after a line that says why, if a loss, the teacher's output or a gradient is NaN or infinite. A float16
+        gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row: the scaler skips such a step."""
+        numbers = values
+        self.overflows += 1
+        if math.isfinite(values.grad_norm) or not scaler.is_enabled():
+            self.overflows = 0
+        elif self.overflows <= MAX_OVERFLOWS:
+            numbers = values._replace(grad_norm=0.0)
+        if all(map(math.isfinite, numbers)):
+            return False
+        say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values.loss_image:.3g}, patch loss "
+            f"{values.loss_patch:.3g}, teacher {values.center_sum:.3g}, gradient {values.grad_norm:.3g}; the last "
+            "checkpoint is unchanged; a lower --lr may help", sys.stderr)
+        return True
+
     def add(self, values, problems, seconds, waited, images_per_epoch):
         """Count one step: its `StepValues`, its seconds, and how many of them it waited for the DataLoader. Name each
         image that could not be read once. Raises BadInput if they are more than 1 % of an epoch."""
-        self.sums.update(values._asdict(), steps=1, seconds=seconds, waiting=waited)
+        grad_norm = 0.0 if self.overflows else values.grad_norm
+        self.sums.update(values._replace(grad_norm=grad_norm)._asdict(), steps=1, seconds=seconds, waiting=waited)
         for problem in set(problems) - self.named:
             say(f"cannot be read, replaced by another image: {problem}", everywhere=True)
         self.named.update(problems)
@@ -1306,8 +1323,7 @@ class Log:
         record |= dict(
             images_per_second=steps * self.cfg.batch_size / seconds,
             waiting=self.sums["waiting"] / seconds,
-            unreadable=round(self.sums["unreadable"]),
-            gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+            unreadable=round(self.sums["unreadable"]))
         line = f"epoch {record['epoch']} step {record['step']} | loss image {record['loss_image']:.3f} "
         if self.cfg.matching != "none":
             line += f"patch {record['loss_patch']:.3f} matched {record['matched']:.0%} "
@@ -1316,6 +1332,7 @@ class Log:
             line += f"20-NN {record['knn']:.1f} %, "
         line += f"{record['images_per_second']:.0f} images/s, {record['waiting']:.0%} waiting for data, "
         if self.cfg.device == "cuda":
+            record["gpu_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
             line += f"GPU {record['gpu_gib']:.1f} GiB, "
         say(line + f"{timedelta(seconds=int(steps_left * seconds / steps))} left")
         if not ended:
@@ -1350,7 +1367,7 @@ def join_processes(cfg):
 
 def draw_seed(*what):
     """A seed that is a function of some integers."""
-    return int(np.random.default_rng(what).integers(2 ** 62))
+    return int(default_rng(what).integers(2 ** 62))
 
 def all_mean(x):
     """Mean of a tensor over all processes, in place."""
@@ -1404,13 +1421,12 @@ def describe(cfg, images, steps, start):
 
 def prepare(cfg, student, teacher, world):
     """Compile the networks, and synchronise their batch norm over GPUs, if asked to. Returns: the student to call."""
-    if world > 1 and cfg.device == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
-    if cfg.compile:
-        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
-        student.compile()
-        teacher.compile()
+    for network in (student, teacher):
+        if world > 1 and cfg.device == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if cfg.compile:
+            torch._dynamo.config.suppress_errors = True     # what cannot be compiled runs eagerly, with a warning
+            network.compile()
     return nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
 class StepValues(NamedTuple):
@@ -1426,15 +1442,6 @@ def share_values(loss_image, loss_patch, grad_norm, batch_center, problems, stop
     """The numbers of `StepValues` as a tensor. This does not wait for the GPU; its tolist() does."""
     counts = [grad_norm.new_full((), len(x) * process_numbers()[1]) for x in (problems, stop_requests)]
     return all_mean(torch.stack([loss_image.detach(), loss_patch.detach(), grad_norm, batch_center.sum(), *counts]))
-
-def diverged(values, step, lr):
-    """True, after a line that says why, if a loss, the teacher's output or a gradient is NaN or infinite."""
-    if all(map(math.isfinite, values)):
-        return False
-    say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values.loss_image:.3g}, patch loss "
-        f"{values.loss_patch:.3g}, teacher {values.center_sum:.3g}, gradient {values.grad_norm:.3g}; the last "
-        "checkpoint is unchanged; a lower --lr may help", sys.stderr)
-    return True
 
 def catch_signals(world):
     """From now on, SIGTERM, SIGHUP and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one
