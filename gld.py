@@ -1102,7 +1102,7 @@ def resume(cfg, state):
             start = content["step"]
     elif cfg.init_from:
         initialise(cfg, state["student"], state["teacher"])
-    require_equal({f"--output {cfg.output}: the step of checkpoint.pt (is the folder shared?)": start})
+    require_equal({"--output: the step of checkpoint.pt (is the folder shared?)": start})
     return start
 
 def save(cfg, state, step):
@@ -1282,9 +1282,12 @@ class Log:
         """Drop the records of steps that are done again, and a line that a kill cut short."""
         def drop():
             self.file.seek(0)
-            lines = [line for line in self.file if line.endswith(b"}\n") and json.loads(line)["step"] <= step]
-            self.file.truncate(0)
-            self.file.write(b"".join(lines))
+            size = 0
+            for line in self.file:
+                if line[-1:] != b"\n" or json.loads(line)["step"] > step:
+                    break
+                size += len(line)
+            self.file.truncate(size)
 
         on_first_process(drop)
 
