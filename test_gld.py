@@ -1481,7 +1481,10 @@ def test_no_local_views_one_patch_grids_and_other_corners(tmp_path, options):
     train_ok(f"--max-steps 1 {options}", tmp_path)
 
 def test_knn_while_training_is_eval_knns_and_changes_nothing(tmp_path, monkeypatch):
-    """With two processes, too, whose batch norm statistics differ."""
+    """With two processes, too, whose batch norm statistics differ: the second one has strange images."""
+    def augment(*args, augment=gld.augment):
+        return augment(*args) + 9 * int(os.environ.get("RANK", 0))
+    monkeypatch.setattr(gld, "augment", augment)
     monkeypatch.setattr(gld, "draw_shapes", lambda n, seed, f=gld.draw_shapes: f(n // 10, seed))
     options = "--data-fraction 1 --epochs 2 --eval-every"       # 240 images, and 120 to evaluate
     train_ok(f"{options} 2 --output one", tmp_path)
