@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"     # also in subprocesses: threads that share a core wait for each other
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -117,8 +118,8 @@ def run_forked(script, words, cwd, processes):
     for file in files:
         file.seek(0)
     codes = [process.exitcode for process in started]
-    worst = max(codes, key=abs)
-    return argparse.Namespace(returncode=worst, stdout=files[0].read(), stderr=files[1].read(), codes=codes)
+    out, err = (file.read() for file in files)
+    return argparse.Namespace(returncode=max(codes, key=abs), codes=codes, stdout=out, stderr=err)
 
 def train_ok(options, cwd, processes=1):
     """gld.py with QUICK and these options must succeed. Returns: the finished run."""
@@ -1091,12 +1092,6 @@ def test_every_kind_of_image_decodes_to_rgb_and_trains(tmp_path):
     assert "cannot be read" not in done.stdout
     assert not any(row["unreadable"] for row in log_of(tmp_path / "output"))
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_of_unknown_range_are_refused(tmp_path, dtype):
-    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "map.tif")
-    with pytest.raises(Exception, match="32-bit pixels"):
-        gld.decode(tmp_path / "map.tif")
-
 def files_of(images):
     return [os.path.relpath(images.name(i), images.root) for i in range(len(images))]
 
@@ -1177,24 +1172,26 @@ def test_data_fraction_is_balanced_and_shapes_are_reproducible():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_files_are_named_counted_and_replaced(tmp_path, monkeypatch, workers):
     folder = tmp_path / "data"
-    save_pictures(folder, 620)
+    save_pictures(folder, 720)
     whole = (folder / "0000.png").read_bytes()
     (folder / "0001.png").write_bytes(whole[:len(whole) // 2])
     (folder / "0002.png").write_bytes(b"")
     (folder / "0003.png").write_text("text")
     (folder / "link.png").symlink_to("nowhere")
-    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "map.tif")
+    for name, dtype in (("float.tif", np.float32), ("int.tif", np.int32)):
+        Image.fromarray(np.ones((8, 8), dtype)).save(folder / name)
     Image.new("RGB", (90, 90)).save(folder / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     reasons = {"0001.png": "truncated", "0002.png": "cannot identify", "0003.png": "cannot identify",
-               "link.png": "No such file", "map.tif": "32-bit pixels", "huge.png": "bomb"}
+               "link.png": "No such file",
+               "float.tif": "32-bit pixels", "int.tif": "32-bit pixels", "huge.png": "bomb"}
     done = train_ok("--data data --preset small --data-fraction 1 --epochs 2 --batch-size 40 --local-views 0 "
                     f"--workers {workers}", tmp_path)
     named = re.findall("cannot be read, replaced by another image: data/(.+?): (.+)", done.stdout)
     assert sorted(name for name, _ in named) == sorted(reasons)                 # once each, not once in each epoch
     for name, reason in named:
         assert reasons[name] in reason
-    assert [row["unreadable"] for row in log_of(tmp_path / "output")] == [6, 6]
+    assert [row["unreadable"] for row in log_of(tmp_path / "output")] == [7, 7]
 
 @pytest.mark.parametrize("processes,good", [(1, 90), (2, 90), (1, 0)])
 def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, processes, good):
@@ -1250,7 +1247,6 @@ def test_swin_equals_torchvisions_on_large_grids():
         assert_close(ours(x)[0], theirs(x), rtol=1e-4, atol=1e-5)
     x = x[..., :96, :96]
     assert (ours(x)[0] - theirs(x)).abs().max() > 1e-3
-    assert all(block.attn.shift_size == [0, 0] for block in ours.net.features[7])
 
 @torch.no_grad()
 def test_swin_equals_the_official_one_on_small_grids():
@@ -1326,17 +1322,14 @@ def recorded_steps(options, cwd, monkeypatch):
         networks.append(network(*args))
         return networks[-1]
 
-    def weights_of(network):
-        return {name: x.detach().clone() for name, x in network.named_parameters()}
-
     def loss(student, teacher, centers, *args, loss=gld.distillation_loss, **kwargs):
         losses = loss(student, teacher, centers, *args, **kwargs)
         trained = {name: x for name, x in networks[0].named_parameters() if x.requires_grad}
         grads = torch.autograd.grad(losses[0], list(trained.values()), retain_graph=True)
         steps.append(argparse.Namespace(
             student_out=student, teacher_out=teacher, image_loss=losses[1], teacher_temp=kwargs["teacher_temp"],
-            centers=centers.clone(), student=weights_of(networks[0]), teacher=weights_of(networks[1]),
-            grads=dict(zip(trained, grads))))
+            centers=centers.clone(), student=copy.deepcopy(networks[0].state_dict()),
+            teacher=copy.deepcopy(networks[1].state_dict()), grads=dict(zip(trained, grads))))
         return losses
 
     def before_update(optimizer, args, kwargs):
@@ -1368,7 +1361,7 @@ def test_each_step_does_what_the_paper_says(tmp_path, monkeypatch):
     decay = half_cosine(0.04, 0.4, 12)
     momentum = half_cosine(0.99, 1, 12)
     temps = np.repeat([0.04, 0.055, 0.07, 0.07], 3)
-    assert all(map(torch.equal, steps[0].student.values(), steps[0].teacher.values()))
+    assert all(torch.equal(steps[0].student[name], steps[0].teacher[name]) for name in steps[0].grads)
     assert not steps[0].centers.any()
     after = argparse.Namespace(**{name: end[name] for name in ("student", "teacher", "centers")})
     clipped = 0
@@ -1400,8 +1393,8 @@ def test_each_step_does_what_the_paper_says(tmp_path, monkeypatch):
             assert i == 0 or not torch.equal(next.student[name], now.student[name])
 
         # the teacher follows the new student; the centre moves a tenth of the way to the teacher's mean logits
-        for name, value in now.teacher.items():
-            wanted = momentum[i] * value + (1 - momentum[i]) * next.student[name]
+        for name in now.grads:
+            wanted = momentum[i] * now.teacher[name] + (1 - momentum[i]) * next.student[name]
             assert_close(next.teacher[name], wanted, rtol=1e-5, atol=1e-8)
         patch_logits = now.teacher_out.patch_z[0] @ now.teacher_out.patch_weight.T
         means = torch.stack([logits.flatten(0, 2).mean(0) for logits in (t, patch_logits)])
