@@ -197,17 +197,20 @@ def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=
     0 if the two are too far apart: at least half the diagonal of a patch, of the larger one. Otherwise it is 1."""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
-    half_diagonals = [torch.hypot(box[2] / rows, box[3] / cols) / 2
-                      for box, (rows, cols) in ((student_box, student_grid), (teacher_box, teacher_grid))]
-    near = nearest_distance < max(half_diagonals)
-    return match, near.to(distance.dtype) if hinge else torch.ones_like(nearest_distance)
+    diagonals = [torch.hypot(box[2] / rows, box[3] / cols)                                  # of one patch
+                 for box, (rows, cols) in ((student_box, student_grid), (teacher_box, teacher_grid))]
+    weight = torch.ones_like(nearest_distance)
+    if hinge:
+        weight[nearest_distance >= max(diagonals) / 2] = 0
+    return match, weight
 
 def patch_loss_definition(student, teacher, center, boxes, grids, teacher_temp, hinge=True):
     """The patch loss with geometric matching. student: V logits (B, N, K). teacher: Q logits (B, N, K). center: (K,).
     boxes: (V, B, 5). grids: V pairs (rows, cols)."""
+    # all pairs of a teacher view q and another view v; the first Q views of the student are those of the teacher
+    pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
     losses = []
-    # all pairs of a teacher view q and another view v of the student; the first Q student views are the teacher's
-    for q, v in ((q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q):
+    for q, v in pairs:
         target = F.softmax((teacher[q] - center) / teacher_temp, dim=-1)                    # (B, Nt, K)
         log_p = F.log_softmax(student[v] / STUDENT_TEMP, dim=-1)                            # (B, Ns, K)
         for b in range(len(target)):
@@ -224,7 +227,8 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     for whole views: each counts as one patch, and its weight is 1. loss is the mean of the two; with matching none, it
     is image_loss.
 
-    `head_cross_entropy` computes the sum over the pairs of views fast, and never holds all logits in memory.
+    `head_cross_entropy` computes the same, fast: the sum over all pairs of views of the mean over images and patches.
+    It never holds all logits in memory. (`geometric_matches` is `nearest_patches` in closed form.)
 
     The center is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
     for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
@@ -236,20 +240,20 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
         hinge: False: every weight is 1. (The official code calls the cut-off at half a diagonal so.)
         impl: "triton", "torch" or "auto", see matching_kernels.py.
     """
-    n_pairs = len(teacher.image_z) * (len(student.image_z) - 1)                             # Q * (V - 1)
+    Q, V = len(teacher.image_z), len(student.image_z)
+    n_pairs = Q * (V - 1)
     common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
     image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
                                     centers[0], **common) / n_pairs
     if matching == "none":
         return image_loss, image_loss, torch.zeros_like(image_loss)
-    (teacher_z,), (teacher_features,) = teacher.patch_z, teacher.features       # the teacher has one size of view
     if matching == "geometric":
-        match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:len(teacher_z)],
-                        teacher_grid=grids[0], hinge=hinge)
+        match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:Q], teacher_grid=grids[0],
+                        hinge=hinge)
     else:
-        match_by = dict(index=[similarity_matches(features[:, None], teacher_features[None])        # (G, Q, B, N)
+        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0])           # (G, Q, B, N)
                                for features in student.features])
-    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher_z, teacher.patch_weight,
+    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
                                     centers[1], **match_by, **common) / n_pairs
     return (image_loss + patch_loss) / 2, image_loss, patch_loss
 
@@ -349,7 +353,7 @@ def train(cfg):
         # 1. both networks, one loss; the teacher sees the global views only
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
-                teacher_out = teacher(pixels[:1])     # a list with the first size of view
+                teacher_out = teacher(pixels[:1])           # a list with the global views alone
             student_out = run_student(pixels)
         loss, image_loss, patch_loss = distillation_loss(
             student_out, teacher_out, centers, boxes, cfg.grids, teacher_temp=teacher_temp, matching=cfg.matching,
@@ -369,17 +373,16 @@ def train(cfg):
         shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
         next_batch, waited = load_batch(batches, device, cfg)       # now, while the GPU computes: tolist() waits for it
         values = StepValues(*shared.tolist())
-        if scaler.is_enabled() and not math.isfinite(values.grad_norm):
-            overflows += 1
-            values = values._replace(grad_norm=0.0 if overflows <= MAX_OVERFLOWS else values.grad_norm)
+        if scaler.is_enabled() and not math.isfinite(values.grad_norm) and overflows < MAX_OVERFLOWS:
+            overflows += 1                                  # float16: the scaler will skip this step
+            values = values._replace(grad_norm=0.0)
         else:
             overflows = 0
         if diverged(values, step, lr):
             return 1
 
-        # 4. update: the student; the centers, used from the next step on; the teacher, towards the student's new
-        # weights. (If a gradient overflowed, the scaler leaves the student as it is and lowers its scale.)
-        scaler.step(optimizer)
+        # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
+        scaler.step(optimizer)                              # not if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
         with torch.no_grad():                               # parameters only: batch norm statistics are its own
