@@ -1,30 +1,51 @@
 # SPDX-License-Identifier: MIT
-"""Global-Local Self-Distillation (GLSD, WACV 2023) in one file.
+"""Global-Local Self-Distillation (GLSD, WACV 2023): views, networks, loss and training.
 
     python gld.py                                                             # the built-in dataset: 1-2 minutes
     python eval_knn.py                                                        # how good are the features?
     python gld.py --data PATH/TO/IMAGES --arch vit_small --batch-size 64      # your images, one GPU
     torchrun --nproc_per_node=8 gld.py --matching geometric --data IMAGENET   # the paper's settings
 
-A student network learns without labels from a teacher, an exponential moving average (EMA) of its own weights. The
-student sees V views (crops) of an image: 2 large ones, called global, and L small ones, called local. The teacher sees
-only the Q = 2 global views. From a whole view, the student learns to predict the teacher's output for another view of
-the same image: the image loss. This is DINO. From every patch, it also learns to predict the teacher's output for the
-matching patch of the other view: the patch loss. Which patch matches? `geometric`: the patch that shows the same place
-of the image. `similarity` (EsViT): the patch with the most similar features. `none`: there is no patch loss, and the
-method is DINO.
+A student network learns without labels from a teacher network. The teacher's weights are an exponential moving average
+(EMA) of the student's. Both see views (random crops) of an image. The student sees all V views: 2 large ones, called
+global, and L small ones, called local. The teacher sees the Q = 2 global views only. From one view, the student learns
+to predict the teacher's output for another view of the same image. The image loss does this for whole views, as in
+DINO. The patch loss, which GLSD adds, does it for patches: from a patch of its view, the student learns to predict the
+teacher's output for the matching patch of the other view. Which patch matches? `--matching` says it:
 
-    B       images in the batch of one process       N    patches of one view (grid rows x cols, row-major)
-    V, Q    student views, teacher views             C    width of the backbone's features
-    v       views of one size: 2 or L                D    width of a head's bottleneck z
-    M       crops, v * B of them                     K    output dimension of a head ("prototypes")
-    box     where a view was cropped: (top, left, height, width, flip), pixels of the original image
+    geometric     the patch that shows the same place of the image
+    similarity    the patch with the most similar features (EsViT)
+    none          there is no patch loss, and the method is DINO
 
-Part I is the paper: views, networks, loss, training. Read it from top to bottom. Part II is what it calls: options,
-augmentation, backbones, images, checkpoints, k-NN evaluation, log, processes and errors.
+Letters in shapes:
+
+    B    images of one step in one process           C    width of the backbone's features
+    V    student views, the 2 global ones first      D    width of z, the input of a head's last layer
+    Q    teacher views: the 2 global ones            K    outputs of a head ("prototypes")
+    G    views of one size: 2 global or L local      N    patches of a view, row by row: rows * cols
+    M    crops of one size: G * B                    S    side of a view, pixels
+    box  where a view was cropped: (top, left, height, width, flip), pixels of the original image; flip is 0 or 1
+
+Hyperparameters: the default of --preset small (it trains on a laptop), and of --preset paper. `--help` shows all.
+
+    --arch                conv_tiny    swin_t
+    --global-size         32           224
+    --local-size          16           96
+    --local-views         4            8
+    --out-dim             256          65536
+    --epochs              10           300
+    --batch-size          32           256
+    --lr                  0.016        0.0005
+    --teacher-momentum    0.99         0.996
+    --teacher-temp        0.04         0.07
+
+Part I is the paper. Read it from top to bottom. Part II is what it calls: options, augmentation, backbones, images,
+checkpoints, k-NN evaluation, log, processes and errors.
 """
 import argparse
 import contextlib
+import errno
+import fcntl
 import functools
 import json
 import math
@@ -32,6 +53,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -46,7 +68,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import ColorJitter, RandomResizedCrop
@@ -56,35 +78,36 @@ from matching_kernels import geometric_matches, head_cross_entropy, similarity_m
 
 STUDENT_TEMP = 0.1
 CENTER_MOMENTUM = 0.9
-MAX_SKIPPED = 20                    # so many steps in a row may overflow in fp16 before the run ends
-STOPPED = 75                        # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
 
 # ==================================================================================== part I: the paper starts here
 # ------------------------------------------------------------------------------------------------ views and boxes
 
 class Views(NamedTuple):
-    """All views of one size of an image: the crops, and how to augment them. The DataLoader adds B in front."""
-    crops: torch.Tensor             # (v, 3, S, S) uint8, cropped and resized, not yet flipped or augmented
-    boxes: torch.Tensor             # (v, 5) top, left, height, width, flip
-    jitter: torch.Tensor            # (v, 4) factors of brightness, contrast, saturation (1: no change), hue shift (0)
-    order: torch.Tensor             # (v, 4) the order of these four operations, a permutation of 0..3
-    grey: torch.Tensor              # (v,) True: convert to greyscale
-    sigma: torch.Tensor             # (v,) of the Gaussian blur, pixels; 0: no blur
-    solarise: torch.Tensor          # (v,) True: invert the pixels above one half
+    """The G views of one size of one image, and how to augment them. In a batch, every shape has B in front."""
+    crops: torch.Tensor             # (G, 3, S, S) uint8, cropped and resized, not yet flipped or augmented
+    boxes: torch.Tensor             # (G, 5) top, left, height, width, flip
+    jitter: torch.Tensor            # (G, 4) factors of brightness, contrast, saturation (1: no change), hue shift (0)
+    order: torch.Tensor             # (G, 4) the order of these four operations, a permutation of 0..3
+    grey: torch.Tensor              # (G,) True: convert to greyscale
+    sigma: torch.Tensor             # (G,) of the Gaussian blur, pixels; 0: no blur
+    solarise: torch.Tensor          # (G,) True: invert the pixels above one half
 
 def crop_views(image, cfg):
-    """One image (3, H, W) uint8 -> [global Views, local Views (if any)]. DataLoader workers do no more."""
-    global_views = [draw_view(image, cfg.global_size, cfg.global_scale, cfg.blur_sigma, blur_p, solarise_p)
-                    for blur_p, solarise_p in ((1.0, 0.0), (0.1, 0.2))]
-    local_views = [draw_view(image, cfg.local_size, cfg.local_scale, cfg.blur_sigma, blur_p=0.5, solarise_p=0.0)
-                   for _ in range(cfg.local_views)]
-    # a list of views -> one `Views`: field by field, stacked
-    return [Views(*map(torch.stack, zip(*views))) for views in (global_views, local_views) if views]
+    """One image (3, height, width) uint8 -> a list: its global `Views` and, if there are any, its local `Views`."""
+    draw_global = functools.partial(draw_view, image, cfg.global_size, cfg.global_scale, cfg.blur_sigma)
+    draw_local = functools.partial(draw_view, image, cfg.local_size, cfg.local_scale, cfg.blur_sigma)
+    global_views = [draw_global(blur_p=1.0, solarise_p=0.0), draw_global(blur_p=0.1, solarise_p=0.2)]
+    local_views = [draw_local(blur_p=0.5, solarise_p=0.0) for _ in range(cfg.local_views)]
+    return [stack_views(views) for views in (global_views, local_views) if views]
+
+def stack_views(views):
+    """A list of single views -> one `Views`."""
+    return Views(*(torch.stack(field) for field in zip(*views)))
 
 def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
-    """One view, drawn from torch's random generator with DINO's distribution: `Views` without the axis v."""
-    flip_u, jitter_u, grey_u, sigma_u, blur_u, solarise_u = torch.rand(6).tolist()
-    box = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))            # top, left, height, width
+    """One view with DINO's random parameters: a `Views` without the axis G. blur_p, solarise_p: probabilities."""
+    flip_u, jitter_u, grey_u, sigma_u, blur_u, solarise_u = torch.rand(6).tolist()          # uniform in [0, 1)
+    box = RandomResizedCrop.get_params(image, scale, ratio=(3 / 4, 4 / 3))                  # top, left, height, width
     order, *factors = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
     sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * sigma_u
     return Views(
@@ -99,7 +122,11 @@ def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
 # ------------------------------------------------------------------------------------------------ networks
 
 class Head(nn.Module):
-    """Features (..., C) -> unit vectors z (..., D). The logits are z @ weight().T, with a weight-normalised layer."""
+    """An MLP to unit vectors z, and a last layer without bias. The logits are z @ weight().T.
+
+    forward returns z, not the logits: with K = 65536, the logits of all patches would take gigabytes. The loss is given
+    z and the weight, and makes the logits of a few images at a time.
+    """
 
     def __init__(self, width, cfg):
         super().__init__()
@@ -109,48 +136,50 @@ class Head(nn.Module):
         self.direction = nn.Parameter(torch.empty(cfg.out_dim, bottleneck).uniform_(-1, 1) / bottleneck ** 0.5)
         self.gain = nn.Parameter(torch.ones(cfg.out_dim, 1), requires_grad=not cfg.norm_last_layer)
         for layer in self.mlp[::2]:                                             # the linear ones
-            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)  # official: 0.02, at width 2048
+            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # official: 0.02, at 2048
             nn.init.zeros_(layer.bias)
 
     def weight(self):
-        """(K, D): the last layer. Its direction and its magnitude (`gain`) are separate parameters (weight norm)."""
+        """(K, D). Weight normalisation: the direction of each row and its length, the gain, are separate parameters."""
         return self.gain * F.normalize(self.direction, dim=-1)
 
-    def forward(self, x):
+    def forward(self, x):                                                       # (..., C) -> (..., D)
         return F.normalize(self.mlp(x).float(), dim=-1)
 
 class Outputs(NamedTuple):
-    """What the loss needs of a network."""
-    image_z: torch.Tensor           # (V, B, 1, D) bottleneck of the image head (the teacher's: Q views)
-    patch_z: list                   # per size of view: (v, B, N, D) bottleneck of the patch head
-    features: list                  # per size of view: (v, B, N, C) the backbone's patch features
+    """What the loss needs of a network. The number of patches N depends on the size of the views: hence the lists."""
+    image_z: torch.Tensor           # (V, B, 1, D) of the image head: a whole view counts as one patch
+    patch_z: list                   # for each size of view: (G, B, N, D) of the patch head
+    features: list                  # for each size of view: (G, B, N, C), the backbone's patch features
     image_weight: torch.Tensor      # (K, D) last layer of the image head
-    patch_weight: torch.Tensor      # (K, D) last layer of the patch head; None without one
+    patch_weight: torch.Tensor      # (K, D) last layer of the patch head, or None
 
 class Network(nn.Module):
-    """Backbone, image head and (unless matching is none) patch head. The student is one, the teacher another."""
+    """Backbone, image head and, unless matching is none, patch head. Student and teacher are one each."""
 
     def __init__(self, cfg, drop_path=0.0):
         super().__init__()
-        self.backbone = Backbone(cfg.arch, cfg.global_size, cfg.patch_size, drop_path)      # torchvision's, below
+        self.backbone = Backbone(cfg.arch, cfg.global_size, cfg.patch_size, drop_path)      # a torchvision network
         self.image_head = Head(self.backbone.width, cfg)
         self.patch_head = Head(self.backbone.width, cfg) if cfg.matching != "none" else None
 
-    def forward(self, views):
-        """views: a list with one tensor (v, B, 3, S, S) per size of view, the global ones first."""
+    def forward(self, pixels):
+        """pixels: a list with one tensor (G, B, 3, S, S) for each size of view, the global ones first."""
         image_z, patch_z, features = [], [], []
-        for x in views:
+        for x in pixels:
+            # the backbone gives features of the image (a ViT's class token, else the mean of its patches) and patches
             image, patches = self.backbone(x.flatten(0, 1))                                 # (M, C), (M, N, C)
-            image = image.unflatten(0, x.shape[:2])                                         # (v, B, C)
-            patches = patches.unflatten(0, x.shape[:2])                                     # (v, B, N, C)
-            image_z.append(self.image_head(image[:, :, None]))                              # (v, B, 1, D)
+            image = image.unflatten(0, x.shape[:2])                                         # (G, B, C)
+            patches = patches.unflatten(0, x.shape[:2])                                     # (G, B, N, C)
+            image_z.append(self.image_head(image[:, :, None]))                              # (G, B, 1, D)
             if self.patch_head is not None:
-                patch_z.append(self.patch_head(patches))                                    # (v, B, N, D)
+                patch_z.append(self.patch_head(patches))                                    # (G, B, N, D)
                 features.append(patches.detach())
         patch_weight = self.patch_head.weight() if self.patch_head is not None else None
         return Outputs(torch.cat(image_z), patch_z, features, self.image_head.weight(), patch_weight)
 
 # ------------------------------------------------------------------------------------------------ the loss
+# First its definition, in plain steps. Training does not call it: the tests compare the fast loss below with it.
 
 def patch_midpoints(box, grid):
     """Where the patches of a view lie: (N, 2), y and x of their midpoints in the original image, pixels."""
@@ -163,73 +192,70 @@ def patch_midpoints(box, grid):
     return torch.stack([y, x], dim=-1).flatten(0, 1)
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
-    """For each student patch: the index of the teacher patch with the nearest midpoint, and its weight, 1 or 0."""
+    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight. The weight is
+    0 if the two are too far apart: at least half the diagonal of a patch, of the larger one. Otherwise it is 1."""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
-    nearest, match = distance.min(dim=1)                                                    # (Ns,) each
+    nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
     half_diagonals = [torch.hypot(box[2] / rows, box[3] / cols) / 2
                       for box, (rows, cols) in ((student_box, student_grid), (teacher_box, teacher_grid))]
-    weight = nearest < max(half_diagonals) if hinge else torch.ones_like(nearest)
-    return match, weight.to(distance.dtype)
+    near = nearest_distance < max(half_diagonals)
+    return match, near.to(distance.dtype) if hinge else torch.ones_like(nearest_distance)
 
 def patch_loss_definition(student, teacher, center, boxes, grids, teacher_temp, hinge=True):
-    """The patch loss with geometric matching, written as the paper defines it, to be read and to test others against.
-
-    Args: student: V logits (B, N, K), one per view. teacher: Q logits (B, N, K). center: (K,). boxes: (V, B, 5).
-    grids: V pairs (rows, cols).
-    """
-    pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
+    """The patch loss with geometric matching. student: V logits (B, N, K). teacher: Q logits (B, N, K). center: (K,).
+    boxes: (V, B, 5). grids: V pairs (rows, cols)."""
     losses = []
-    for q, v in pairs:
+    # all pairs of a teacher view q and another view v of the student; the first Q student views are the teacher's
+    for q, v in ((q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q):
         target = F.softmax((teacher[q] - center) / teacher_temp, dim=-1)                    # (B, Nt, K)
         log_p = F.log_softmax(student[v] / STUDENT_TEMP, dim=-1)                            # (B, Ns, K)
         for b in range(len(target)):
             match, weight = nearest_patches(boxes[v, b], boxes[q, b], grids[v], grids[q], hinge)
-            cross_entropy = -(target[b, match] * log_p[b]).sum(-1)                          # (Ns,)
-            losses.append((weight * cross_entropy).mean())
+            cross_entropy = -(target[b, match] * log_p[b]).sum(dim=-1)                      # (Ns,)
+            losses.append((weight * cross_entropy).mean())          # patches of weight 0 count in this mean
     return sum(losses) / len(losses)
 
 def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
     """The loss of the paper, a pure function. Returns: loss, image_loss, patch_loss.
 
-        image_loss = mean over pairs of views (q, v) of CE(T(q), S(v))
-        patch_loss = mean over pairs of views (q, v) and patches n of w_n * CE(T(q, m(n)), S(v, n))
-        loss = (image_loss + patch_loss) / 2; with matching none, loss = image_loss
+    patch_loss is `patch_loss_definition`. With similarity matching, the match of a student patch is instead the teacher
+    patch whose backbone features have the largest cosine with its own, and every weight is 1. image_loss is the same
+    for whole views: each counts as one patch, and its weight is 1. loss is the mean of the two; with matching none, it
+    is image_loss.
 
-    T = softmax((teacher logits - centre) / teacher_temp), S = softmax(student logits / 0.1), CE(t, s) = -sum t * log s.
-    A pair is a teacher view q and another student view v of the same image. m(n) is the teacher patch that matches
-    student patch n. With geometric matching, it is the patch whose midpoint is nearest in the image. w_n is 1 if the
-    two midpoints are closer than half the diagonal of the larger of the two patches. Otherwise n is masked: w_n is 0,
-    but n still counts in the mean. See `geometric_matches`. With similarity matching, w_n is 1.
+    `head_cross_entropy` computes the sum over the pairs of views fast, and never holds all logits in memory.
 
-    The centre is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
+    The center is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
     for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
 
     Args:
-        student, teacher: Outputs for all V views, and for the Q = 2 global ones.
-        centers: (2, K), of the image head and of the patch head (K,) each; with matching none (1, K).
-        boxes: (V, B, 5). grids: (rows, cols) of the patches, per size of view. impl: see matching_kernels.py.
-        hinge: False: no patch is masked, every w_n is 1. (The official code's name for this hard 0/1 mask.)
+        student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
+        centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
+        boxes: (V, B, 5). grids: for each size of view, (rows, cols) of its patches.
+        hinge: False: every weight is 1. (The official code calls the cut-off at half a diagonal so.)
+        impl: "triton", "torch" or "auto", see matching_kernels.py.
     """
-    pairs = 2 * (len(student.image_z) - 1)          # each of the 2 teacher views with all views but itself
+    n_pairs = len(teacher.image_z) * (len(student.image_z) - 1)                             # Q * (V - 1)
     common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
     image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
-                                    centers[0], **common) / pairs
+                                    centers[0], **common) / n_pairs
     if matching == "none":
         return image_loss, image_loss, torch.zeros_like(image_loss)
+    (teacher_z,), (teacher_features,) = teacher.patch_z, teacher.features       # the teacher has one size of view
     if matching == "geometric":
-        match_by = dict(student_boxes=boxes, student_grid=grids[:len(student.patch_z)],
-                        teacher_boxes=boxes[:2], teacher_grid=grids[0], hinge=hinge)
+        match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:len(teacher_z)],
+                        teacher_grid=grids[0], hinge=hinge)
     else:
-        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0][None])     # (v, Q, B, N)
+        match_by = dict(index=[similarity_matches(features[:, None], teacher_features[None])        # (G, Q, B, N)
                                for features in student.features])
-    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
-                                    centers[1], **match_by, **common) / pairs
+    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher_z, teacher.patch_weight,
+                                    centers[1], **match_by, **common) / n_pairs
     return (image_loss + patch_loss) / 2, image_loss, patch_loss
 
 @torch.no_grad()
 def mean_logits(teacher):
-    """(heads, K): the teacher's mean logits over views, images and patches, for the centres. The last layer is linear,
-    so the mean is taken before it, where it is cheap."""
+    """(heads, K): the mean of the teacher's logits over views, images and patches. The last layer is linear: so the
+    mean of z is taken first, and one vector is multiplied by the weight."""
     means = [teacher.image_weight @ teacher.image_z.mean((0, 1, 2))]
     if teacher.patch_z:
         means.append(teacher.patch_weight @ teacher.patch_z[0].mean((0, 1, 2)))
@@ -237,11 +263,11 @@ def mean_logits(teacher):
 
 # ------------------------------------------------------------------------------------------------ training
 
-def cosine(start, end, step, steps, warmup=0):
-    """A schedule at `step`: linear from 0 to `start` over `warmup` steps, then half a cosine to `end` at `steps`."""
+def cosine(peak, end, step, steps, warmup=0):
+    """A schedule at `step`: linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`."""
     if step < warmup:
-        return start * step / max(1, warmup - 1)            # as np.linspace(0, start, warmup): the last is `start`
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return peak * step / max(1, warmup - 1)             # as np.linspace(0, peak, warmup): the last is `peak`
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 def teacher_temp_at(epoch, cfg):
     """Linear from --warmup-teacher-temp to --teacher-temp in --warmup-teacher-temp-epochs, then constant."""
@@ -252,73 +278,70 @@ def teacher_temp_at(epoch, cfg):
 
 @torch.no_grad()
 def clip_gradients(grads, limit):
-    """Scale each gradient by itself to a norm of at most `limit` (0: any), in place. The same values as those of
-    `clip_grad_norm_`, called for one parameter after another, with an eighth of its launches on a GPU. Returns: the
-    norm of all gradients together before that, a scalar tensor."""
+    """Scale each gradient by itself to a norm of at most `limit`, in place; 0: leave all as they are. The values are
+    those of `clip_grad_norm_` for one parameter after another. Returns: the norm of all together before, a tensor."""
     norms = torch.stack(torch._foreach_norm(grads))
     if limit:
         factors = (limit / (norms + 1e-6)).clamp(max=1)
         torch._foreach_mul_(grads, factors.unbind())
     return norms.norm()
 
-def train(cfg):
-    """Train a student and its EMA teacher; under torchrun, as one of several processes. Returns the exit code.
+class State(NamedTuple):
+    """All that training changes, and that a checkpoint holds."""
+    student: nn.Module
+    teacher: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler    # scales the loss up, so that small gradients survive float16; else it does nothing
+    centers: torch.Tensor           # (2, K) of the image head and of the patch head; (1, K) with matching none
 
-    A resumed run ends with the same bits as an uninterrupted one, because every random draw is a function of the seed
-    and of what it is drawn for. The order of the images depends on seed and epoch. The views of an image depend on
-    seed, epoch and image. Stochastic depth depends on seed, step and process. So a checkpoint needs no state of a
-    random generator. (The same bits need the same machine, the same number of processes and threads, and operations
-    that repeat their bits, as those of the CPU do.)
-    """
-    rank, world, device = join_processes(cfg)
-    images = load_images(cfg.data, "train", cfg.data_fraction)
-    cfg.images = [len(images), zlib.crc32(np.ascontiguousarray(images.items))]      # pixels or file names
-    steps_per_epoch = count_steps(images, cfg, world)
-    steps = cfg.epochs * steps_per_epoch
-    stop_at = min(steps, cfg.max_steps or steps)
-
-    torch.manual_seed(cfg.seed)
+def make_state(cfg, device):
+    """The state before the first step: the teacher starts with the student's weights."""
     student = Network(cfg, cfg.drop_path).to(device, memory_format=torch.channels_last)
     teacher = Network(cfg).to(device, memory_format=torch.channels_last)
-    if world > 1 and device.type == "cuda":
-        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
+    teacher.requires_grad_(False)                           # it learns by its moving average alone
     parameters = [p for p in student.parameters() if p.requires_grad]
-    last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]        # biases and norms: without weight decay
     optimizer = torch.optim.AdamW([{"params": matrices, "decay": 1}, {"params": vectors, "decay": 0}],
                                   lr=0, weight_decay=0, fused=True)             # both are set in each step
-    dtype = compute_dtype(cfg)                              # of the networks; weights, loss and centres are float32
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(cfg) == torch.float16)
     centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
+    return State(student, teacher, optimizer, scaler, centers)
 
-    # all that training changes, and that a checkpoint holds
-    state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, centers=centers)
-    require_equal([settings(cfg), cfg.max_steps, cfg.eval_every], "have different options or images", device)
-    start = resume(cfg, state)
-    require_equal(start, f"see different checkpoints: --output {cfg.output} must be a folder that they share", device)
-    source = initialise(cfg, student, teacher) if cfg.init_from and start == 0 else ""
+def train(cfg):
+    """Train a student and its teacher; under torchrun, as one of several processes. Returns: the exit code.
+
+    A run that is stopped and resumed ends with the same bits as one that was not, because every random draw follows
+    from the seed and from what it is drawn for: the order of the images from the epoch, the views of an image from
+    epoch and image, stochastic depth from step and process. So a checkpoint needs no state of a random generator. (On
+    a CPU, with the same number of processes and threads. A GPU's operations may change the last bits.)
+    """
+    rank, world, device = join_processes(cfg)
+    images = load_images(cfg.data, "train", cfg.data_fraction)
+    check_run(cfg, images, world)                           # all processes must have the same options and images
+    steps_per_epoch = len(images) // cfg.batch_size
+    steps = cfg.epochs * steps_per_epoch
+    stop_at = min(steps, cfg.max_steps or steps)
+    dtype = compute_dtype(cfg)                              # of the networks; weights, loss and centers are float32
+
+    torch.manual_seed(cfg.seed)
+    state = make_state(cfg, device)
+    student, teacher, optimizer, scaler, centers = state
+    last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
+    log = Log(cfg)
+    start = resume(cfg, state)                              # the first step to do: 0, or that of the checkpoint
+    log.drop_after(start)
     labelled_images = labelled(cfg.data, cfg.data_fraction) if cfg.eval_every else None
-    if cfg.compile:
-        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
-        student.compile()
-        teacher.compile()
-    ddp = nn.parallel.DistributedDataParallel(student) if world > 1 else student
-
-    log = Log(cfg, start)
-    say(f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {device.type}{source}; {len(images)} images "
-        f"of {images.root}: {steps} steps of {cfg.batch_size} images, from step {start}; output in {cfg.output}/")
-    if cfg.preset == "paper" and device.type == "cpu":
-        say("on a CPU, --preset paper takes minutes per step; try --preset small")
-    stop_requests = catch_signals(world)
+    run_student = prepare(cfg, student, teacher, world)     # DistributedDataParallel averages gradients over processes
+    say(describe(cfg, images, steps, start))
+    stop_requests = catch_signals(world)                    # a list that is empty until a signal asks to stop
     batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
-    skipped = 0                                             # steps in a row that fp16 overflowed
-    named = set()                                           # images that could not be read
-    began = time.perf_counter()                             # of the step
-    batch = load_batch(batches, device, cfg)
+    batch, _ = load_batch(batches, device, cfg)
+    overflows = 0                                           # steps in a row in which a float16 gradient overflowed
+
     for step in range(start, stop_at):
+        began = time.perf_counter()
         epoch = step // steps_per_epoch
         lr = cosine(cfg.lr * cfg.batch_size / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
         weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
@@ -327,48 +350,38 @@ def train(cfg):
             group["weight_decay"] = weight_decay * group["decay"]
         momentum = cosine(cfg.teacher_momentum, 1, step, steps)
         teacher_temp = teacher_temp_at(epoch, cfg)
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2 ** 62)))     # stochastic depth
-        views, boxes, unreadable, waited = batch
+        torch.manual_seed(draw_seed(cfg.seed, step, rank))  # for stochastic depth
 
         # 1. both networks, one loss; the teacher sees the global views only
-        global_views = views[:1]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
-                teacher_out = teacher(global_views)
-            student_out = ddp(views)
+                teacher_out = teacher(batch.pixels[:1])     # a list with the first size of view
+            student_out = run_student(batch.pixels)
         loss, image_loss, patch_loss = distillation_loss(
-            student_out, teacher_out, centers, boxes, cfg.grids, teacher_temp=teacher_temp, matching=cfg.matching,
-            hinge=cfg.hinge, impl=cfg.impl)
+            student_out, teacher_out, centers, batch.boxes, cfg.grids, teacher_temp=teacher_temp,
+            matching=cfg.matching, hinge=cfg.hinge, impl=cfg.impl)
 
-        # 2. gradients: backward, where DDP averages them over the processes; freeze; clip each parameter by itself
+        # 2. gradients: backward; in the first epochs, freeze the last layers; clip each parameter by itself
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
         if epoch < cfg.freeze_last_layer:
             for p in last_layers:
                 p.grad = None                               # the optimizer leaves these parameters alone
-        grad_norm = clip_gradients([p.grad for p in parameters if p.grad is not None], cfg.clip_grad)
+        scaler.unscale_(optimizer)
+        grad_norm = clip_gradients([p.grad for p in student.parameters() if p.grad is not None], cfg.clip_grad)
 
-        # 3. agree with the other processes before anything changes: all get the same means, so a NaN in one of them
-        # ends the run in all, and a signal to one of them stops all
+        # 3. average over the processes before anything changes: so a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        counts = torch.tensor([len(stop_requests), len(unreadable)], dtype=torch.float32).to(device, non_blocking=True)
-        shared = all_mean(torch.cat([image_loss.detach()[None], patch_loss.detach()[None], counts]))
-        numbers = torch.cat([shared, batch_center.sum()[None], grad_norm[None]])
-        # tolist() waits until the GPU has done all this; so load the next batch first, while the GPU is busy
-        batch = load_batch(batches, device, cfg)
-        image_loss, patch_loss, stop, unread, center_sum, grad_norm = numbers.tolist()
-        overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
-        skipped = skipped + 1 if overflow else 0            # the scaler skips such a step and lowers its scale
-        if overflow and skipped <= MAX_SKIPPED:
-            grad_norm = 0.0
-        if not all(map(math.isfinite, (image_loss, patch_loss, center_sum, grad_norm))):
-            say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {image_loss:.3g}, patch loss "
-                f"{patch_loss:.3g}, teacher {center_sum:.3g}, gradient {grad_norm:.3g}; the last checkpoint is "
-                "unchanged; a lower --lr may help", file=sys.stderr)
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, batch.problems, stop_requests)
+        next_batch, waited = load_batch(batches, device, cfg)       # now, while the GPU computes: tolist() waits for it
+        values = StepValues(*shared.tolist())
+        overflowed = scaler.is_enabled() and not math.isfinite(values.grad_norm)
+        overflows = overflows + 1 if overflowed else 0
+        if diverged(values, overflows, step, lr):
             return 1
 
-        # 4. update: the student; the centres, used from the next step on; the EMA teacher, by the student's new weights
+        # 4. update: the student; the centers, used from the next step on; the teacher, towards the student's new weights
+        # (if a gradient overflowed, the scaler leaves the student as it is and lowers its scale)
         scaler.step(optimizer)
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
@@ -379,25 +392,21 @@ def train(cfg):
         done = step + 1
         epoch_ended = done % steps_per_epoch == 0
         run_ended = done == stop_at
-        log.sums.update(steps=1, seconds=time.perf_counter() - began, waiting=waited, unreadable=round(unread * world),
-                        loss_image=image_loss, loss_patch=patch_loss, grad_norm=grad_norm)
-        for i in set(unreadable) - named:
-            say(f"cannot be read, replaced by another image: {images.name(i)}", everywhere=True)
-        named.update(unreadable)
-        if log.sums["unreadable"] > max(1, steps_per_epoch * cfg.batch_size // 100):
-            raise BadInput(f"--data {cfg.data}: more than 1 % of the images of an epoch cannot be read")
-        if step == start or epoch_ended or run_ended or time.perf_counter() - log.reported > 30:
-            record = dict(epoch=epoch, step=done, lr=lr) | diagnose(teacher_out, centers[0], boxes, teacher_temp, cfg)
+        log.add(values, batch.problems, time.perf_counter() - began, waited, steps_per_epoch * cfg.batch_size)
+        if epoch_ended or run_ended or time.perf_counter() - log.reported > 30:
+            record = dict(epoch=epoch, step=done, lr=lr)
+            record |= diagnose(teacher_out, centers[0], batch.boxes, teacher_temp, cfg)
             if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
                 record["knn"] = top1_of_20nn(teacher.backbone, labelled_images, cfg, device, rank, world)
             log.report(record, stop_at - done, epoch_ended or run_ended)
-        if stop or run_ended or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
+        if values.stop or run_ended or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
             if not save(cfg, state, done):
                 return 1
-        if stop and not run_ended:
+        if values.stop and not run_ended:
             say(f"stopped on request: saved at step {done}; rerun the same command to resume")
             return STOPPED
-        began = time.perf_counter()
+        batch = next_batch
+    say(f"the weights are in {cfg.output}/; next: python eval_knn.py --checkpoint {cfg.output}/checkpoint.pt")
     return 0
 
 # ======================================================================================= the paper ends here
@@ -406,28 +415,30 @@ def train(cfg):
 ARCHS = ("conv_tiny", "vit_tiny", "vit_small", "vit_base", "swin_t", "swin_s", "swin_b", "resnet50")
 BUILT_IN_SETS = ("shapes", "cifar10")
 NOT_NEGATIVE = (0, 1e9)
-FRACTION = (1e-9, 1)
-WORKERS = min(os.cpu_count() or 1, 10)
+FRACTION = (1e-9, 1)                    # above 0
+
+def count_processors():
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+WORKERS = min(count_processors(), 10)
 
 class Option(NamedTuple):
     """A command-line flag with its default in --preset small and, where it differs, in --preset paper."""
     name: str
     type: type                          # bool, int, float or str
-    small: object                       # a list of two numbers: an interval
-    allowed: tuple                      # names, or (lowest, highest) of a number, or None
+    small: object                       # a list of two numbers: an interval; None: see `parse_arguments`
+    allowed: tuple                      # (lowest, highest) of a number; names that a str may have; or None
     meaning: str
     paper: object = None                # None: as small
 
-    def flag(self):
-        return "--" + self.name.replace("_", "-")
-
-# These may change when a run is resumed. (--data: a folder may move. Its images are compared.)
+# These may change when a run is resumed. (A folder may move; its images are compared.)
 RUN_OPTIONS = (
     Option("data", str, "shapes", None, "folder of images, or a built-in dataset: " + ", ".join(BUILT_IN_SETS)),
     Option("output", str, "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
     Option("resume", bool, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
     Option("save_every", int, 1, (1, 1e9), "epochs between checkpoints"),
-    Option("eval_every", int, -1, (-1, 1e9), "epochs between k-NN evaluations; 0: none; -1: 1 for shapes, else 0"),
+    Option("eval_every", int, None, NOT_NEGATIVE, "epochs between k-NN evaluations, 0: none (shapes: 1, else 0)"),
     Option("max_steps", int, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all"),
     Option("workers", int, WORKERS, (0, 999), "DataLoader workers per process"),
     Option("precision", str, "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype"),
@@ -435,29 +446,28 @@ RUN_OPTIONS = (
     Option("impl", str, "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py"),
     Option("device", str, "auto", ("auto", "cpu", "cuda"), "auto: cuda if available"),
 )
-# These make the result: they stay the same when a run is resumed, and are the same in all processes.
+# These make the result: they stay the same when a run is resumed.
 RESULT_OPTIONS = (
     Option("data_fraction", float, 1.0, FRACTION, "use this fraction of each class, always the same images"),
     # views
     Option("global_size", int, 32, (1, 9999), "side of a global view, pixels", paper=224),
     Option("local_size", int, 16, (1, 9999), "side of a local view, pixels", paper=96),
     Option("local_views", int, 4, (0, 99), "L, number of local views per image", paper=8),
-    Option("global_scale", float, [0.4, 1.0], FRACTION, "crop scale of a global view (fraction of the area)"),
-    Option("local_scale", float, [0.1, 0.4], FRACTION, "crop scale of a local view (same)", paper=[0.05, 0.4]),
+    Option("global_scale", float, [0.4, 1.0], FRACTION, "area of a global view, as a fraction of the image's"),
+    Option("local_scale", float, [0.1, 0.4], FRACTION, "the same of a local view", paper=[0.05, 0.4]),
     Option("blur_sigma", float, [0.1, 0.5], (1e-9, 99), "range of the Gaussian blur's sigma, pixels", paper=[0.1, 2.0]),
     # networks
-    Option("arch", str, "conv_tiny", ARCHS, "backbone: " + ", ".join(ARCHS), paper="swin_t"),
+    Option("arch", str, "conv_tiny", ARCHS, "backbone", paper="swin_t"),
     Option("patch_size", int, 8, (1, 999), "patch size of a ViT, pixels", paper=16),
-    Option("drop_path", float, 0.0, (-1, 0.999), "stochastic depth; -1: 0.2 for swin_s, swin_b, else 0.1", paper=-1.0),
+    Option("drop_path", float, None, (0, 0.999), "stochastic depth (small: 0; paper: 0.1, swin_s and swin_b 0.2)"),
     Option("out_dim", int, 256, (2, 1e9), "K, output dimension of a head", paper=65536),
     Option("head_hidden", int, 128, (1, 1e6), "hidden width of a head", paper=2048),
     Option("head_bottleneck", int, 64, (1, 1e6), "D, width before the last layer of a head", paper=256),
-    Option("norm_last_layer", bool, True, None, "fix the weight-norm magnitude of the last layer at 1", paper=False),
+    Option("norm_last_layer", bool, True, None, "fix the weight-norm gain of the last layer at 1", paper=False),
     Option("init_from", str, "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
     # the loss
-    Option("matching", str, "geometric", ("geometric", "similarity", "none"),
-           "which patches match: geometric, similarity, or none (no patch loss: DINO)"),
-    Option("hinge", bool, True, None, "geometric matching: mask patches without a teacher patch close by"),
+    Option("matching", str, "geometric", ("geometric", "similarity", "none"), "which patches match; none: DINO"),
+    Option("hinge", bool, True, None, "geometric matching: leave out patches without a teacher patch close by"),
     Option("teacher_temp", float, 0.04, (1e-6, 1e6), "teacher temperature", paper=0.07),
     Option("warmup_teacher_temp", float, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
     Option("warmup_teacher_temp_epochs", int, 0, NOT_NEGATIVE, "epochs of its linear warm-up", paper=30),
@@ -476,53 +486,76 @@ RESULT_OPTIONS = (
 )
 OPTIONS = RUN_OPTIONS + RESULT_OPTIONS
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+def add_option(parser, option):
+    """Add the flag of an option, without its default: which preset's it is, is known only after parsing."""
+    if option.type is bool:
+        kwargs = dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(option.small, list):
+        kwargs = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+    elif option.type is str:
+        kwargs = dict(choices=option.allowed, metavar=None if option.allowed else "PATH")
+    else:
+        kwargs = dict(type=option.type, metavar="N")
+    small, paper = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (option.small, option.paper))
+    default = ""                        # none, or told by `meaning`
+    if paper is not None:
+        default = f" (small: {small}, paper: {paper})"
+    elif small not in (None, ""):
+        default = f" ({small})"
+    parser.add_argument(flag(option.name), help=option.meaning + default, **kwargs)
+
+def check_range(option, value):
+    """Raises BadInput for a number, or an interval, outside of what is allowed."""
+    low, high = option.allowed
+    values = value if isinstance(value, list) else [value]
+    if not low <= values[0] <= values[-1] <= high:          # NaN is refused, too
+        order = ", the lower value first" if len(values) > 1 else ""
+        raise BadInput(f"{flag(option.name)} must be from {low:g} to {high:g}{order}, got {values}")
+
 def parse_arguments(argv=None):
     """Command line -> namespace in which every option is set, by the user or by the preset, and which holds the `grids`
-    (rows, cols) of the patches of global and (if there are any) local views. Raises BadInput."""
+    (rows, cols) of the patches for each size of view. Raises BadInput."""
     parser = Parser("gld.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=("small", "paper"), help="which defaults; small unless --data is a path")
     for option in OPTIONS:
-        if option.type is bool:
-            kwargs = dict(action=argparse.BooleanOptionalAction)
-        elif option.type is str:
-            kwargs = dict(choices=option.allowed, metavar="NAME")
-        elif isinstance(option.small, list):
-            kwargs = dict(type=option.type, nargs=2, metavar=("LOW", "HIGH"))
-        else:
-            kwargs = dict(type=option.type, metavar="N")
-        default = option.small if option.paper is None else f"small: {option.small}, paper: {option.paper}"
-        parser.add_argument(option.flag(), help=f"{option.meaning} ({default})", **kwargs)
+        add_option(parser, option)
     given = vars(parser.parse_args(argv))                   # only what the user gave
     built_in = given.get("data", "shapes") in BUILT_IN_SETS
-    preset = given.get("preset", "small" if built_in else "paper")
-    cfg = argparse.Namespace(preset=preset)
+    cfg = argparse.Namespace(preset=given.get("preset", "small" if built_in else "paper"))
     for option in OPTIONS:
-        default = option.small if preset == "small" or option.paper is None else option.paper
+        default = option.paper if cfg.preset == "paper" and option.paper is not None else option.small
         value = given.get(option.name, default)
         setattr(cfg, option.name, value)
-        if option.type in (int, float):
-            low, high = option.allowed
-            values = value if isinstance(value, list) else [value]
-            if not low <= values[0] <= values[-1] <= high:  # NaN is refused, too
-                order = ", the lower value first" if len(values) > 1 else ""
-                raise BadInput(f"{option.flag()} must be from {low:g} to {high:g}{order}, got {values}")
-    # -1 stands for a value that follows from another option
-    if cfg.drop_path < 0:
-        cfg.drop_path = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
-    if cfg.eval_every < 0:
+        if option.type in (int, float) and value is not None:
+            check_range(option, value)
+
+    # what follows from other options
+    cfg.device = choose_device(cfg.device)
+    if cfg.eval_every is None:
         cfg.eval_every = 1 if cfg.data == "shapes" else 0
+    if cfg.drop_path is None:
+        paper_rate = 0.2 if cfg.arch in ("swin_s", "swin_b") else 0.1
+        cfg.drop_path = paper_rate if cfg.preset == "paper" else 0.0
     sizes = [cfg.global_size, cfg.local_size] if cfg.local_views else [cfg.global_size]
     stride = stride_of(cfg.arch, cfg.patch_size)
-    if any(size % stride for size in sizes):
-        raise BadInput(f"--global-size and --local-size must be multiples of {stride} for {cfg.arch}, got {sizes}")
     cfg.grids = [(size // stride, size // stride) for size in sizes]
+
+    # what does not go together
+    if any(size % stride for size in sizes):
+        raise BadInput(f"{cfg.arch}: sizes of views must be multiples of {stride}, for example --global-size "
+                       f"{2 * stride} --local-size {stride}; got {sizes}")
     if cfg.warmup_epochs > cfg.epochs:
         raise BadInput(f"--warmup-epochs {cfg.warmup_epochs:g} exceeds --epochs {cfg.epochs}")
-    cfg.device = choose_device(cfg.device)
     triton = cfg.impl == "triton" and os.getenv("TRITON_INTERPRET") != "1"
     if cfg.device == "cpu" and (cfg.precision == "fp16" or triton):
         raise BadInput("--precision fp16 and --impl triton need a CUDA GPU")
+    if cfg.device == "cpu" and not built_in and "preset" not in given and os.path.exists(cfg.data):
+        raise BadInput(f"--data {cfg.data} without a GPU needs --preset: --preset small trains here (conv_tiny, views "
+                       "of 32 and 16 pixels); --preset paper (Swin-T, 224 pixels) takes minutes per step")
     return cfg
 
 def choose_device(wanted):
@@ -547,59 +580,66 @@ def augment(views, max_sigma):
     """Flip and colour augmentation, on the training device, for all views of one size at once.
 
     Args: views: `Views` with B in front of each shape. max_sigma: the largest sigma of the blur, pixels.
-    Returns: (v, B, 3, S, S) float32, normalised.
+    Returns: (G, B, 3, S, S) float32, normalised.
     """
-    B, v = views.crops.shape[:2]
+    B, G = views.crops.shape[:2]
     views = Views(*(field.transpose(0, 1).flatten(0, 1) for field in views))                # (M, ...)
-    flip, grey, solarise = (flag[:, None, None, None] > 0 for flag in (views.boxes[:, 4], views.grey, views.solarise))
+    flip = views.boxes[:, 4, None, None, None] > 0                                          # (M, 1, 1, 1) each
+    grey = views.grey[:, None, None, None]
+    solarise = views.solarise[:, None, None, None]
     x = views.crops.float() / 255                                                           # (M, 3, S, S)
     x = torch.where(flip, x.flip(-1), x)
     x = jitter_colours(x, views.jitter, views.order)
     x = torch.where(grey, TF.rgb_to_grayscale(x), x)
     x = blur(x, views.sigma, radius=min(math.ceil(3 * max_sigma), x.shape[-1] - 1))
     x = torch.where(solarise & (x >= 0.5), 1 - x, x)
-    return normalise(x).unflatten(0, (v, B))
+    return normalise(x).unflatten(0, (G, B))
 
 def jitter_colours(x, factors, order):
-    """Brightness, contrast, saturation and hue of x (M, 3, H, W) by factors (M, 4), in each image's order (M, 4)."""
+    """Brightness, contrast, saturation and hue of x (M, 3, S, S) by factors (M, 4), in each image's order (M, 4). In
+    each of four rounds, all four are computed for all images, and each image takes the one whose turn it is."""
     for op in order.T:                                                                      # (M,) 0, 1, 2 or 3
         factor = factors.gather(1, op[:, None])[:, :, None, None]                           # (M, 1, 1, 1)
         op = op[:, None, None, None]
         grey = TF.rgb_to_grayscale(x)
         # the first three blend the image with something: with black, with its mean grey, with its own grey
-        other = torch.where(op == 2, grey, torch.where(op == 1, grey.mean((2, 3), keepdim=True), 0))
+        other = torch.where(op == 1, grey.mean((2, 3), keepdim=True), 0)
+        other = torch.where(op == 2, grey, other)
         blended = (factor * x + (1 - factor) * other).clamp(0, 1)
         x = torch.where(op == 3, shift_hue(x, factors[:, 3]), blended)
     return x
 
 def shift_hue(x, shift):
-    """Rotate the hue of x (M, 3, H, W) in [0, 1] by shift (M,), in full circles: RGB -> HSV -> RGB."""
-    value = x.amax(1)                                                                       # (M, H, W)
+    """Rotate the hue of x (M, 3, S, S) in [0, 1] by shift (M,), in full circles: RGB -> HSV -> RGB."""
+    value = x.amax(1)                                                                       # (M, S, S)
     chroma = value - x.amin(1)
     r, g, b = x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     # the hue in sixths of a circle: red is 0, green 2, blue 4
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(value == r, (g - b) / safe, hue)
     hue = hue + 6 * shift[:, None, None]
     # back to RGB: k is the hue, shifted so that each channel has its maximum, value, from k = 4 to 6 and its minimum,
     # value - chroma, from k = 1 to 3, with linear ramps between them
-    k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6                                     # (M, 3, H, W)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6                                     # (M, 3, S, S)
+    ramp = torch.minimum(k, 4 - k).clamp(0, 1)
+    return value[:, None] - chroma[:, None] * ramp
 
 def blur(x, sigma, radius):
-    """Gaussian blur of x (M, 3, H, W) with a sigma (M,) per image: a convolution along rows, one along columns."""
+    """Gaussian blur of x (M, 3, S, S) with a sigma (M,) per image: a convolution along rows, one along columns."""
     taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2, dim=1)      # (M, taps)
+    width = sigma.clamp(min=1e-3)[:, None]                                  # sigma 0: all weight on the middle, no blur
+    kernel = torch.softmax(-0.5 * (taps / width) ** 2, dim=1)                               # (M, taps)
     kernel = kernel.repeat_interleave(3, 0)[:, None, None]                                  # (3M, 1, 1, taps)
-    padded = F.pad(x.flatten(0, 1)[None], [radius] * 4, "reflect")                          # (1, 3M, H + 2r, W + 2r)
+    padded = F.pad(x.flatten(0, 1)[None], [radius] * 4, "reflect")                          # (1, 3M, S + 2r, S + 2r)
     rows = F.conv2d(padded, kernel, groups=len(kernel))
     return F.conv2d(rows, kernel.mT, groups=len(kernel)).view_as(x)
 
-PIXEL_MEAN = (0.485, 0.456, 0.406)      # of ImageNet, red, green, blue
+PIXEL_MEAN = (0.485, 0.456, 0.406)      # of ImageNet's red, green, blue
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 def normalise(x):
-    """x (M, 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
+    """x (M, 3, S, S) in [0, 1] -> zero mean and unit variance over ImageNet's pixels."""
     # channel by channel: a tensor of three means would have to be copied to the GPU in each call
     channels = [(x[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)]
     return torch.stack(channels, 1)
@@ -625,7 +665,7 @@ class SwinAttention(ShiftedWindowAttention):
         # after the shift, patches from opposite ends of the view lie side by side: they must not attend to each other
         wrapped = torch.arange(window, device=x.device) >= window - shift
         region = (2 * wrapped[:, None] + wrapped).flatten()                                 # 0..3 for each patch
-        mask = -100.0 * (region[:, None] != region)
+        mask = -100.0 * (region[:, None] != region)                                         # as in the official code
         q, k, v = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.get_relative_position_bias() + mask                                     # (1, heads, N, N)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2).flatten(2)
@@ -633,7 +673,7 @@ class SwinAttention(ShiftedWindowAttention):
         return x[:, :rows, :cols]
 
 class Backbone(nn.Module):
-    """torchvision's `arch` without its classifier (conv_tiny: five convolutions). forward: x (M, 3, H, W) -> image
+    """torchvision's `arch` without its classifier (conv_tiny: five convolutions). forward: x (M, 3, S, S) -> image
     (M, C), the class token of a ViT or else the mean of the patches; patches (M, N, C)."""
 
     def __init__(self, arch, image_size=224, patch_size=16, drop_path=0.0):
@@ -643,8 +683,9 @@ class Backbone(nn.Module):
             self.width = 128
             self.net = nn.Sequential()
             for before, after, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1)):
-                conv = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
-                self.net.extend([conv, nn.BatchNorm2d(after), nn.ReLU()])
+                self.net.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
+                self.net.append(nn.BatchNorm2d(after))
+                self.net.append(nn.ReLU())
         elif arch.startswith("vit"):
             self.width, heads = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}[arch]
             self.net = torchvision.models.VisionTransformer(image_size, patch_size, 12, heads, self.width,
@@ -711,12 +752,24 @@ class Backbone(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ images
 
-IMAGE_SUFFIXES = tuple(b".jpg .jpeg .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
+IMAGE_SUFFIXES = tuple(suffix for suffix in (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .tif .tiff "
+                                             ".avif").split() if suffix in Image.registered_extensions())
+SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}                                  # of EXIF's orientation
 
 def decode(path):
-    """An image file -> (3, H, W) uint8 RGB, rotated as its EXIF says. Raises OSError and others."""
+    """An image file -> (3, height, width) uint8 RGB, turned as its EXIF says. 16-bit pixels are divided by 257. Raises
+    OSError and others."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            raise ValueError("float or 32-bit pixels, whose range is not known")
+        turn = None
+        with contextlib.suppress(Exception):                # odd metadata over good pixels
+            turn = TURNS.get(image.getexif().get(0x0112))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I"):                      # 16 bits: convert("RGB") would clip, not scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -727,21 +780,24 @@ class Images:
 
     File names are one array of bytes: every DataLoader worker would get its own copy of a list of a million str.
     """
-    items: np.ndarray                                       # (n, H, W, 3) uint8, or (n,) file names
+    items: np.ndarray                                       # (n, height, width, 3) uint8, or (n,) file names
     labels: np.ndarray                                      # (n,)
     root: str                                               # the folder, or the name of the set
     classes: np.ndarray = None                              # names of the class folders
+    skipped: int = 0                                        # files that are no images
 
     def __len__(self):
         return len(self.labels)
 
+    def in_memory(self):
+        return self.items.ndim > 1
+
     def name(self, i):
-        file = os.fsdecode(self.items[i]) if self.items.ndim == 1 else f"image {i}"
-        return os.path.join(self.root, file)
+        return f"image {i} of {self.root}" if self.in_memory() else os.path.join(self.root, os.fsdecode(self.items[i]))
 
     def read(self, i):
-        """(3, H, W) uint8. Raises OSError and others if the file cannot be read or is not an image."""
-        return decode(self.name(i)) if self.items.ndim == 1 else torch.from_numpy(self.items[i]).permute(2, 0, 1)
+        """(3, height, width) uint8. Raises OSError and others if the file cannot be read or is not an image."""
+        return torch.from_numpy(self.items[i]).permute(2, 0, 1) if self.in_memory() else decode(self.name(i))
 
 def load_images(data, split, fraction=1.0, must_split=False):
     """The `Images` of --data: a built-in set, or a folder. Of a folder that holds `split`/, only that is used."""
@@ -750,7 +806,10 @@ def load_images(data, split, fraction=1.0, must_split=False):
         images = Images(*draw_shapes(n, seed), data)
     elif data == "cifar10":
         with blame("--data cifar10: not in ./data, and the download failed"), contextlib.redirect_stdout(sys.stderr):
-            found = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
+            os.makedirs("data", exist_ok=True)
+            with open("data/.lock", "w") as lock:           # the first process downloads, the others wait
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                found = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
         images = Images(found.data, np.array(found.targets), data)
     else:
         images = load_folder(data, split, must_split)
@@ -761,30 +820,50 @@ def load_images(data, split, fraction=1.0, must_split=False):
         images = replace(images, items=images.items[keep], labels=images.labels[keep])
     return images
 
+def files_below(folder, ancestors=()):
+    """Paths of all files below a folder. Names with a dot first are skipped. Links are followed, except to a folder
+    that they lie in. Raises OSError for a folder that cannot be listed."""
+    here = os.path.realpath(folder)
+    if here in ancestors:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry.path):
+            yield from files_below(entry.path, (*ancestors, here))
+        else:
+            yield entry.path
+
+def is_image(path):
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
 def load_folder(data, split, must_split):
-    """`load_images` for a folder. The label of a file is the first folder of its path. Names with a dot first are
-    skipped. Raises BadInput, also where a folder of validation images would be trained on."""
+    """`load_images` for a folder. The label of a file is the first folder of its path. Raises BadInput, also where it
+    is not clear what the training images are."""
     root = Path(data)
     if not root.is_dir():
-        raise BadInput(f"--data {data}: not a folder (unpack archives first), and not {' or '.join(BUILT_IN_SETS)}")
-    if (root / split).is_dir():
-        root = root / split
-    elif must_split:
-        raise BadInput(f"--data {data}: must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
-    names = []
-    for folder, folders, files in os.walk(os.fsencode(root), followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(b".")]
-        names += [os.path.relpath(os.path.join(folder, name), os.fsencode(root)) for name in files
-                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(b".")]
-        mixed = {b"train", b"val", b"valid", b"validation", b"test"} & {name.lower() for name in folders}
-        if split == "train" and root.name != "train" and mixed:
-            raise BadInput(f"--data {data}: would also train on {os.fsdecode(min(mixed))}/; give a folder that holds "
-                           "train/ and val/, or the folder of training images itself")
-    if not names:
-        raise BadInput(f"--data {data}: no images ({b' '.join(IMAGE_SUFFIXES).decode()}) in it")
-    names.sort()
+        problem = "not a folder (unpack archives first)" if root.exists() else "no such file or folder"
+        raise BadInput(f"--data {data}: {problem}, and not {' or '.join(BUILT_IN_SETS)}")
+    with blame(f"--data {data}"):
+        if (root / split).is_dir():
+            for other in root.iterdir():
+                named_as_class = other.is_dir() and other.name.lower() not in SPLITS and other.name[0] != "."
+                if named_as_class and not (root / "val").is_dir() and any(map(is_image, files_below(other))):
+                    raise BadInput(f"is {split}/ a class as {other.name}/ is? Rename it, or give {root / split}")
+            root = root / split
+        elif must_split:
+            raise BadInput(f"must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
+        files = [path[len(os.path.join(root, "")):] for path in files_below(str(root))]
+        names = sorted(os.fsencode(path) for path in files if is_image(path))
+        if not names:
+            raise BadInput(f"no images ({' '.join(IMAGE_SUFFIXES)}) in it")
+        folders = {folder for name in names for folder in os.fsdecode(name).split("/")[:-1]}
+        mixed = [folder for folder in sorted(folders) if folder.lower() in SPLITS]
+        if mixed and split == "train" and root.name != "train":
+            raise BadInput(f"would also train on {mixed[0]}/; give a folder that holds train/ and val/, or the folder "
+                           "of training images itself")
     classes, labels = np.unique([os.path.dirname(name).split(b"/")[0] for name in names], return_inverse=True)
-    return Images(np.array(names), labels, str(root), classes)
+    return Images(np.array(names), labels, str(root), classes, skipped=len(files) - len(names))
 
 # the shape that tiles the plane: is the point inside? u and v run from -1 to 1 within one tile
 SHAPES = {
@@ -815,17 +894,20 @@ def draw_shapes(n, seed, size=48):
     images = np.empty((n, size, size, 3), np.uint8)
     labels = np.arange(n) % len(SHAPES)
     for image, label in zip(images, labels):
-        pitch, angle, shift = rng.uniform(7, 16), rng.uniform(-0.6, 0.6), rng.uniform(0, 2, 2)
+        pitch = rng.uniform(7, 16)
+        angle = rng.uniform(-0.6, 0.6)
+        shift = rng.uniform(0, 2, 2)
         u = (2 * (x * np.cos(angle) + y * np.sin(angle)) / pitch + shift[0]) % 2 - 1
         v = (2 * (y * np.cos(angle) - x * np.sin(angle)) / pitch + shift[1]) % 2 - 1
         dark = blend @ rng.uniform(0, 0.5, (4, 3))
         light = blend @ rng.uniform(0.5, 1, (4, 3))
         inside = list(SHAPES.values())[label](u, v) ^ (rng.uniform() < 0.5)     # sometimes inverted
-        image[:] = (255 * np.where(inside[..., None], light, dark) + rng.normal(0, 12, image.shape)).clip(0, 255)
+        pixels = 255 * np.where(inside[..., None], light, dark)
+        image[:] = (pixels + rng.normal(0, 12, image.shape)).clip(0, 255)
     return images, labels
 
 class ViewDataset(torch.utils.data.Dataset):
-    """(epoch, i) -> `crop_views` of image i, and -1. If image i cannot be read: those of another image, and i.
+    """(epoch, i) -> `crop_views` of image i, and "". If image i cannot be read: those of another image, and the reason.
     The result is a function of seed, epoch and i only, not of the process or of what was drawn before."""
 
     def __init__(self, images, cfg):
@@ -833,28 +915,20 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        rng = np.random.default_rng((self.cfg.seed, epoch, i))
-        seed = int(rng.integers(2 ** 62))
-        unreadable = -1
-        for attempt in (i, *rng.integers(len(self.images), size=20).tolist()):
+        seed = draw_seed(self.cfg.seed, epoch, i)
+        others = np.random.default_rng(seed).integers(len(self.images), size=20)
+        problem = ""
+        for attempt in (i, *others.tolist()):
             try:
                 image = self.images.read(attempt)
                 break
-            except Exception:                               # decoders raise all kinds of errors for broken files
-                unreadable = i
-                image = torch.zeros(3, 64, 64, dtype=torch.uint8)       # the last resort; `train` counts i in any case
+            except Exception as error:                      # decoders raise all kinds of errors for broken files
+                problem = problem or f"{self.images.name(i)}: {one_line(error)}"
+        else:
+            image = torch.zeros(3, 64, 64, dtype=torch.uint8)               # the last resort
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)       # torch.manual_seed would seed a GPU, too
-            return crop_views(image, self.cfg), unreadable
-
-def count_steps(images, cfg, world):
-    """Steps of an epoch. Raises BadInput for a --batch-size that does not go with the images or the processes."""
-    if cfg.batch_size % world:
-        raise BadInput(f"--batch-size {cfg.batch_size} cannot be shared equally by {world} processes; the next size "
-                       f"that can is {math.ceil(cfg.batch_size / world) * world}")
-    if len(images) < cfg.batch_size:
-        raise BadInput(f"--batch-size {cfg.batch_size}: {cfg.data} has only {len(images)} images")
-    return len(images) // cfg.batch_size
+            return crop_views(image, self.cfg), problem
 
 def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
     """Batches of this process for these steps. All processes together get the same images whatever their number."""
@@ -870,48 +944,67 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
             yield [(epoch, i) for i in order(epoch)[first:first + share].tolist()]
 
     return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
-                                       pin_memory=cfg.device == "cuda", worker_init_fn=ignore_signals)
+                                       pin_memory=cfg.device == "cuda", worker_init_fn=leave_process_group)
+
+class Batch(NamedTuple):
+    """The images of one step in one process, on its device."""
+    pixels: list                        # for each size of view: (G, B, 3, S, S), augmented
+    boxes: torch.Tensor                 # (V, B, 5)
+    problems: list                      # "PATH: REASON" of images that could not be read
 
 def load_batch(batches, device, cfg):
-    """The next batch on the device, None after the last. Returns: the augmented views, a list with one (v, B, 3, S, S)
-    per size; boxes (V, B, 5); the indices of images that could not be read; the seconds waited for the DataLoader."""
+    """Returns: the next `Batch`, or None after the last one; the seconds that it waited for the DataLoader."""
     began = time.perf_counter()
-    views, unreadable = next(batches, (None, None))
+    views, problems = next(batches, (None, None))
     waited = time.perf_counter() - began
     if views is None:
-        return None
+        return None, waited
     views = [Views(*(field.to(device, non_blocking=True) for field in part)) for part in views]
-    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)
-    unreadable = [i for i in unreadable.tolist() if i >= 0]
-    return [augment(part, cfg.blur_sigma[1]) for part in views], boxes, unreadable, waited
+    pixels = [augment(part, cfg.blur_sigma[1]) for part in views]
+    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)                    # B comes second from here on
+    return Batch(pixels, boxes, [problem for problem in problems if problem]), waited
 
-# ------------------------------------------------------------------------------------------------ weights of others
+# ------------------------------------------------------------------------------------------------ weights
 
 def load_file(path, flag):
-    """A checkpoint as data: no code in it is run. Raises BadInput for a file that is not a complete checkpoint."""
-    if not Path(path).exists():
+    """A checkpoint as data: no code in it is run. Raises BadInput for what is not a complete checkpoint."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{flag} {path}: a folder; do you mean {path / 'checkpoint.pt'}?")
+    if not path.exists():
         raise BadInput(f"{flag} {path}: file not found")
-    content = None
-    safe_globals = torch.serialization.safe_globals([argparse.Namespace])       # in the official checkpoints
-    with contextlib.suppress(Exception), safe_globals:      # torch raises many kinds for a foreign file
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        raise BadInput(f"{flag} {path}: convert it: torch.save(safetensors.torch.load_file({path.name!r}), 'file.pt')")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):            # in the official checkpoints
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                              # torch raises many kinds for a foreign file
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        problem = f"holds Python objects ({code[1]})" if code else f"damaged, or not a checkpoint: {one_line(error)}"
+        hint = "; they could run code: save tensors alone" if code else ""
+        raise BadInput(f"{flag} {path}: {problem}{hint}") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{flag} {path}: damaged, not a checkpoint, or one that would run code when loaded")
+        raise BadInput(f"{flag} {path}: not a checkpoint, but a {type(content).__name__}")
     return content
 
 def load_backbone(path, weights="teacher", flag="--checkpoint", content=None):
-    """File (or its content, if it is loaded already) -> (backbone, image size, options of its run or {}). Raises
-    BadInput naming `flag` if a key does not fit."""
+    """A `Backbone` with the weights of a file: of gld.py, torchvision, an official GLSD or EsViT Swin, a DINO or timm
+    ViT, DINOv2's ViT-S/14 or ViT-B/14.
+
+    Not MoCo-v3's ViT-S: it has 12 heads of width 32. Its file does not tell that, so it would load as one of 6 heads.
+    Args: path, or `content` if the file is loaded already. weights: "teacher" or "student". flag: for the message.
+    Returns: the backbone in evaluation mode, image size in pixels, the options of its run, {} if they are not known.
+    Raises: BadInput, which names `flag`, if a key does not fit.
+    """
     state = content or load_file(path, flag)
     options = state.get("options", {})
     for key in (weights, "state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadInput(f"{flag} {path}: holds no state dict of a network")
-    state = plain_keys(state)
-    arch, patch_size, image_size = guess_arch(state)
-    if arch is None:
-        raise BadInput(f"{flag} {path}: no --arch of gld.py has keys like {', '.join(list(state)[:3])}")
+    with blame(f"{flag} {path}"):
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise BadInput("holds no state dict of a network")
+        state = plain_keys(state)
+        arch, patch_size, image_size = guess_arch(state)
     backbone = Backbone(arch, image_size, patch_size)
     with blame(f"{flag} {path} as {arch}"):
         backbone.net.load_state_dict(state)
@@ -924,10 +1017,25 @@ VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_emb
                        "norm1": "ln_1", "norm2": "ln_2", "patch_embed.proj": "conv_proj",
                        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
                        "blocks.": "encoder.layers.encoder_layer_"}
+FOREIGN_PARTS = {"register_tokens": "register tokens", "storage_tokens": "register tokens", ".mlp.w12.": "SwiGLU layers",
+                 "rope_embed": "a rotary position embedding"}
 
 def plain_keys(state):
-    """Keys of torchvision's network without heads, from those of gld.py, torchvision, an official Swin, a DINO ViT."""
-    state = {re.sub(r"^(module\.|backbone\.|net\.)+", "", key): value for key, value in state.items()}
+    """Keys of torchvision's network without heads, from those of gld.py and of other people's checkpoints. Raises
+    BadInput for networks that are like ours, but others."""
+    state = {re.sub(r"^(module\.|backbone\.|net\.)+", "", key.replace("_orig_mod.", "")): value
+             for key, value in state.items() if not key.endswith(("attn_mask", "mask_token"))}
+    for part, what in FOREIGN_PARTS.items():
+        if any(part in key for key in state):
+            raise BadInput(f"has {what}, which no network of gld.py has")
+    if "cls_token" in state and "pos_embed" not in state:
+        raise BadInput("has no position embedding")
+    for key in [key for key in state if key.endswith(("ls1.gamma", "ls2.gamma"))]:
+        # DINOv2's LayerScale multiplies the output of a layer: the same as multiplying its weight and bias
+        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        gamma = state.pop(key)                                                  # (C,)
+        state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
     renames = VIT_KEYS if "cls_token" in state else SWIN_KEYS
     out = {}
     for key, value in state.items():
@@ -936,18 +1044,18 @@ def plain_keys(state):
         # an official Swin counts blocks and downsampling of a stage as one; torchvision's `features` counts each
         key = re.sub(r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}", key)
         key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * int(m[1]) + 2}", key)
-        if key.endswith("relative_position_index"):
-            value = value.flatten()
-        if not re.match(r"\w*head|fc\.", key) and not key.endswith("attn_mask"):
-            out[key] = value
+        if not re.match(r"\w*head|fc\.", key):
+            out[key] = value.flatten() if key.endswith("relative_position_index") else value
     return out
 
 def guess_arch(state):
-    """(arch, patch size, image size) of plain keys; (None, ...) if they belong to no network of gld.py."""
+    """(arch, patch size, image size) of plain keys. Raises BadInput if they belong to no network of gld.py."""
     if "conv_proj.weight" in state and "encoder.pos_embedding" in state:
-        width, patch = state["conv_proj.weight"].shape[0], state["conv_proj.weight"].shape[-1]
-        side = round((state["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
-        return {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(width), patch, side * patch
+        width, _, _, patch = state["conv_proj.weight"].shape
+        arch = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(width)
+        if arch is None:
+            raise BadInput(f"a ViT of width {width} is no --arch of gld.py")
+        return arch, patch, patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
     if "features.0.0.weight" in state:
         if len(state["features.0.0.weight"]) == 128:
             return "swin_b", 16, 224
@@ -955,11 +1063,13 @@ def guess_arch(state):
         return "swin_s" if deep else "swin_t", 16, 224
     if "layer4.2.conv3.weight" in state:
         return "resnet50", 16, 224
-    return "conv_tiny" if "12.weight" in state else None, 16, 32
+    if "12.weight" in state:
+        return "conv_tiny", 16, 32
+    raise BadInput(f"no --arch of gld.py has keys like {', '.join(list(state)[:3])}")
 
 def initialise(cfg, student, teacher):
-    """--init-from: both backbones from any file that eval_knn.py reads, strictly; the heads only from a checkpoint of
-    gld.py, if they fit. Returns: what was loaded, for the log. Raises BadInput."""
+    """--init-from: both backbones from any file that `load_backbone` reads; the heads only from a checkpoint of gld.py,
+    if they fit. Raises BadInput."""
     content = load_file(cfg.init_from, "--init-from")
     for name, network in (("student", student), ("teacher", teacher)):
         weights = name if content.get(name) else "teacher"
@@ -974,61 +1084,59 @@ def initialise(cfg, student, teacher):
         fit = shapes == {key: x.shape for key, x in heads.items()}
         if fit:
             network.load_state_dict(heads, strict=False)
-    return f", weights from {cfg.init_from} ({'with its heads' if fit else 'new heads'})"
+    say(f"weights from {cfg.init_from} ({'with its heads' if fit else 'new heads'})")
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-def settings(cfg):
-    """What a resumed run, and every process of a run, must have in common."""
-    return {name: getattr(cfg, name) for name in ("images", "preset", *(option.name for option in RESULT_OPTIONS))}
-
 def resume(cfg, state):
-    """Load OUTPUT/checkpoint.pt into `state`, if it exists. Returns: the first step to do. Raises BadInput if its run
-    had other settings."""
+    """Load OUTPUT/checkpoint.pt into `state` if it exists, else --init-from. Returns: the first step to do. Raises
+    BadInput if the checkpoint was made with other images or options that make the result."""
     path = Path(cfg.output, "checkpoint.pt")
-    if not cfg.resume or not path.exists():
-        return 0
-    content = load_file(path, "--output")
-    before = content.get("options", {})
-    new_run = "to start a new run, give another --output or --no-resume"
-    for name, value in settings(cfg).items():
-        if before.get(name) != value and name == "images":
+    start = 0
+    if cfg.resume and path.exists():
+        content = load_file(path, "--output")
+        before = content.get("options", {})
+        new_run = "to start a new run, give another --output or --no-resume"
+        if before.get("images") != cfg.images:
             raise BadInput(f"--data {cfg.data}: not the images of {path} ({before.get('data')}); {new_run}")
-        if before.get(name) != value:
-            raise BadInput(f"--{name.replace('_', '-')}: {value} here, but {path} was made with {before.get(name)}; "
-                           f"{new_run}, and --init-from {path} to start from its weights")
-    with blame(f"--output {path}: was not written by this gld.py"):
-        for name, part in state.items():
-            if name == "centers":
-                part.copy_(content[name])
-            elif content[name]:                             # the gradient scaler has no state unless fp16 is used
-                part.load_state_dict(content[name])
-        return content["step"]
+        for name in ("preset", *(option.name for option in RESULT_OPTIONS)):
+            now = getattr(cfg, name)
+            if before.get(name) != now:
+                raise BadInput(f"{flag(name)}: {now} here, but {path} was made with {before.get(name)}; {new_run}, and "
+                               f"--init-from {path} to start from its weights")
+        with blame(f"--output {path}: was not written by this gld.py"):
+            for name, part in state._asdict().items():
+                if name == "centers":
+                    part.copy_(content[name])
+                elif content[name]:                         # the gradient scaler has no state unless fp16 is used
+                    part.load_state_dict(content[name])
+            start = content["step"]
+    elif cfg.init_from:
+        initialise(cfg, state.student, state.teacher)
+    require_equal({f"--output {cfg.output}: the step of checkpoint.pt (is the folder shared?)": start})
+    return start
 
 def save(cfg, state, step):
-    """Process 0 writes checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked. The others wait:
-    torchrun ends all when the first one ends with an error."""
-    failed = torch.zeros(1, device=state["centers"].device)
-    if os.environ.get("RANK", "0") == "0":
-        content = {name: part if name == "centers" else part.state_dict() for name, part in state.items()}
+    """Process 0 writes checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked."""
+    def write():
+        content = {name: part if name == "centers" else part.state_dict() for name, part in state._asdict().items()}
         options = {name: value for name, value in vars(cfg).items() if name != "grids"}         # those follow
         content |= dict(step=step, options=options)
-        backbone = {name: x.cpu() for name, x in state["teacher"].backbone.net.state_dict().items()}
-        try:
-            replace_file(Path(cfg.output, "checkpoint.pt"), functools.partial(torch.save, content))
-            replace_file(Path(cfg.output, "backbone.pt"), functools.partial(torch.save, backbone))
-        except (OSError, RuntimeError) as error:            # torch reports a full disk by a RuntimeError
-            say(f"gld.py: cannot write {cfg.output}/ at step {step} ({one_line(error)}); the last checkpoint is kept",
-                file=sys.stderr)
-            failed += 1
-    return not all_mean(failed).item()
+        backbone = {name: x.cpu() for name, x in state.teacher.backbone.net.state_dict().items()}
+        write_file(Path(cfg.output, "checkpoint.pt"), content)
+        write_file(Path(cfg.output, "backbone.pt"), backbone)
 
-def replace_file(path, write):
-    """Replace a file by what write(file) writes, but only when that is complete and on disk. Raises OSError."""
+    problem = on_first_process(write)
+    if problem:
+        say(f"gld.py: cannot write {cfg.output}/ at step {step} ({problem}); the last checkpoint is kept", sys.stderr)
+    return not problem
+
+def write_file(path, content):
+    """torch.save, which replaces a file only when the new one is complete and on disk. Raises OSError, RuntimeError."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1053,22 +1161,26 @@ def center_crops(images, size, indices):
 
 @torch.no_grad()
 def extract(network, images, size, cfg, device, rank, world):
-    """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, H, W) -> (M, C)."""
+    """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, S, S) -> (M, C)."""
     rows_each = math.ceil(len(images) / world)
     mine = [(rank + world * i) % len(images) for i in range(rows_each)]         # the last may be a repeat
-    loader = torch.utils.data.DataLoader(mine, cfg.batch_size, num_workers=cfg.workers, worker_init_fn=ignore_signals,
+    loader = torch.utils.data.DataLoader(mine, cfg.batch_size, num_workers=cfg.workers,
+                                         worker_init_fn=leave_process_group,
                                          collate_fn=functools.partial(center_crops, images, size))
     rows = []
     for x in loader:
         if isinstance(x, str):
             raise BadInput(x, "only here")
-        rows.append(F.normalize(network(normalise(x.to(device).float() / 255)).float(), dim=1).half())
+        features = network(normalise(x.to(device).float() / 255)).float()
+        rows.append(F.normalize(features, dim=1).half())
     rows = torch.cat(rows)
-    if world == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world)]
-    dist.all_gather(parts, rows)
-    return torch.stack(parts, 1).flatten(0, 1)[:len(images)]
+    if world > 1:
+        parts = [torch.empty_like(rows) for _ in range(world)]
+        dist.all_gather(parts, rows)
+        rows = torch.stack(parts, 1).flatten(0, 1)[:len(images)]
+    if not rows.isfinite().all():
+        raise BadInput("the features are not finite: the weights are damaged, or training failed")
+    return rows
 
 def knn(train, train_labels, val, val_labels, ks, temperature):
     """{k: (top-1, top-5)} in percent, of k-NN on unit features (n, C): votes weigh exp(similarity / temperature)."""
@@ -1105,6 +1217,9 @@ def labelled(data, fraction):
 
 def top1_of_20nn(backbone, parts, cfg, device, rank, world):
     """20-NN top-1 accuracy in percent, while training, of `labelled` images; None on all processes but the first."""
+    if world > 1:
+        for buffer in backbone.buffers():   # batch norm statistics differ on CPUs: evaluate those that are saved
+            dist.broadcast(buffer, src=0)
     backbone.eval()
     train, val = (extract(lambda x: backbone(x)[0], images, cfg.global_size, cfg, device, rank, world)
                   for images in parts)
@@ -1116,13 +1231,17 @@ def top1_of_20nn(backbone, parts, cfg, device, rank, world):
 
 # ------------------------------------------------------------------------------------------------ log
 
-def say(message, everywhere=False, file=None):
-    """Print a line, on process 0 only unless `everywhere`. If nobody reads any more, that does not end the run."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        try:
-            print(message, file=file, flush=True)
-        except OSError:                                     # what is buffered would make Python's exit fail, too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+def say(message, file=None, everywhere=False):
+    """Print a line, on process 0 only unless `everywhere`. A terminal that lacks a letter, a full disk or a reader that
+    is gone does not end the run."""
+    file = file or sys.stdout
+    if file is None or not (everywhere or process_numbers()[0] == 0):
+        return
+    encoding = file.encoding or "utf-8"
+    try:
+        print(message.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except OSError:                                         # what is buffered would make Python's exit fail, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 @torch.no_grad()
 def diagnose(teacher, center, boxes, teacher_temp, cfg):
@@ -1130,8 +1249,8 @@ def diagnose(teacher, center, boxes, teacher_temp, cfg):
     log_p = F.log_softmax((teacher.image_z @ teacher.image_weight.T - center) / teacher_temp, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
     spread = 1 - teacher.image_z.mean((0, 1, 2)).square().sum().item()          # variance of z; 0 if all are the same
-    matched = float(cfg.matching == "similarity")           # the share of patches that are not masked,
-    if cfg.matching == "geometric":                         # of each global view in the other
+    matched = float(cfg.matching == "similarity")           # the mean weight, of each global view in the other
+    if cfg.matching == "geometric":
         weight = geometric_matches(boxes[:2], boxes[:2].flip(0), cfg.grids[0], cfg.grids[0], cfg.hinge)[1]
         matched = weight.mean().item()
     return dict(matched=matched, entropy=entropy, center_norm=center.norm().item(), spread=spread)
@@ -1142,28 +1261,66 @@ def looks_collapsed(record, cfg):
     return record["epoch"] >= cfg.warmup_epochs and not (0.01 <= share <= 0.99 and record["spread"] > 1e-3)
 
 class Log:
-    """The sums over an epoch, and log.jsonl: one record per epoch, without those of steps that are done again."""
+    """log.jsonl, with one record per epoch, and the sums over the epoch so far. Process 0 writes and prints.
 
-    def __init__(self, cfg, start):
-        self.cfg, self.path = cfg, Path(cfg.output, "log.jsonl")
-        self.sums, self.reported = Counter(), time.perf_counter()
-        with blame(f"--output {cfg.output}"):
-            os.makedirs(cfg.output, exist_ok=True)
-            lines = self.path.read_text().splitlines(True) if self.path.exists() else []
-            self.lines = [line for line in lines if json.loads(line)["step"] <= start]
+    It holds a lock on the file while it lives, so that no other run writes to the folder. (Not `flock`: a DataLoader
+    worker would inherit it, and hold it for some seconds after its run was killed.)
+    """
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.sums = Counter()
+        self.named = set()                                  # images that could not be read
+        self.reported = -math.inf                           # when a line was last printed
+        problem = on_first_process(self.open)
+        if problem:
+            raise BadInput(f"--output {cfg.output}: {problem}")
+
+    def open(self):
+        os.makedirs(self.cfg.output, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.cfg.output).close()             # raises OSError if nothing can be written
+        self.file = open(Path(self.cfg.output, "log.jsonl"), "ab+", buffering=0)
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):             # else the file system has no locks
+                raise BadInput("another run writes to it") from None
+
+    def drop_after(self, step):
+        """Drop the records of steps that are done again, and a line that a kill cut short."""
+        def drop():
+            self.file.seek(0)
+            lines = [line for line in self.file if line.endswith(b"}\n") and json.loads(line)["step"] <= step]
+            self.file.truncate(0)
+            self.file.write(b"".join(lines))
+
+        on_first_process(drop)
+
+    def add(self, values, problems, seconds, waited, images_per_epoch):
+        """Count one step: its `StepValues`, its seconds, and how many of them it waited for the DataLoader. Name each
+        image that could not be read once. Raises BadInput if they are more than 1 % of an epoch."""
+        grad_norm = values.grad_norm if math.isfinite(values.grad_norm) else 0.0        # float16 overflowed
+        self.sums.update(steps=1, seconds=seconds, waiting=waited, unreadable=values.unreadable, grad_norm=grad_norm,
+                         loss_image=values.image_loss, loss_patch=values.patch_loss)
+        for problem in set(problems) - self.named:
+            say(f"cannot be read, replaced by another image: {problem}", everywhere=True)
+        self.named.update(problems)
+        if self.sums["unreadable"] > max(1, images_per_epoch // 100):
+            raise BadInput(f"--data {self.cfg.data}: more than 1 % of the images of an epoch cannot be read")
 
     def report(self, record, steps_left, ended):
         """Add the means over the epoch so far to a record, and print it. If epoch or run has ended: write it, too."""
         self.reported = time.perf_counter()
         mean = {name: total / self.sums["steps"] for name, total in self.sums.items()}
         record |= {name: mean[name] for name in ("loss_image", "loss_patch", "grad_norm")}
-        record |= dict(images_per_second=self.cfg.batch_size / mean["seconds"], unreadable=self.sums["unreadable"],
+        record |= dict(unreadable=round(self.sums["unreadable"]), images_per_second=self.cfg.batch_size / mean["seconds"],
                        waiting=mean["waiting"] / mean["seconds"], gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
-        left = timedelta(seconds=int(steps_left * mean["seconds"]))
-        knn_text = f"20-NN {record['knn']:.1f} %, " if record.get("knn") is not None else ""
-        say("epoch {epoch} step {step} | loss image {loss_image:.3f} patch {loss_patch:.3f} matched {matched:.0%} "
-            "entropy {entropy:.2f} lr {lr:.1e} | {knn_text}{images_per_second:.0f} images/s, {waiting:.0%} waiting "
-            "for data, GPU {gpu_gib:.1f} GiB, {left} left".format(**record, knn_text=knn_text, left=left))
+        patch = " patch {loss_patch:.3f} matched {matched:.0%}" if self.cfg.matching != "none" else ""
+        knn = "20-NN {knn:.1f} %, " if record.get("knn") is not None else ""
+        gpu = ", GPU {gpu_gib:.1f} GiB" if self.cfg.device == "cuda" else ""
+        line = ("epoch {epoch} step {step} | loss image {loss_image:.3f}" + patch + " entropy {entropy:.2f} lr {lr:.1e} | "
+                + knn + "{images_per_second:.0f} images/s, {waiting:.0%} waiting for data" + gpu + ", {left} left")
+        say(line.format(**record, left=timedelta(seconds=int(steps_left * mean["seconds"]))))
         if not ended:
             return
         if looks_collapsed(record, self.cfg):
@@ -1171,24 +1328,33 @@ class Log:
                 f"{math.log(self.cfg.out_dim):.2f}), the variance of z {record['spread']:.4f}; try a lower --lr, or a "
                 "smaller --batch-size")
         self.sums.clear()
-        self.lines.append(json.dumps(record) + "\n")
-        if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):              # the disk may be full: `save` says so
-                replace_file(self.path, lambda file: file.write("".join(self.lines).encode()))
+        on_first_process(lambda: self.file.write(json.dumps(record).encode() + b"\n"))  # if it fails, `save` says so
 
 # ------------------------------------------------------------------------------------------------ processes
 
+STOPPED = 75                            # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
+MAX_OVERFLOWS = 20                      # so many steps in a row may overflow in float16 before the run ends
+
+def process_numbers():
+    """Rank, number of processes, rank on this node: as torchrun or Slurm's script sets them, else 0, 1, 0."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    return tuple(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
 def join_processes(cfg):
-    """Join the other processes of torchrun, if there are any. Returns: rank, number of processes, device."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Join the other processes, if there are any. Returns: rank, number of processes, device."""
+    rank, world, local_rank = process_numbers()
     device = torch.device(cfg.device)
     if cfg.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return rank, world, device
+
+def draw_seed(*what):
+    """A seed that is a function of some integers."""
+    return int(np.random.default_rng(what).integers(2 ** 62))
 
 def all_mean(x):
     """Mean of a tensor over all processes, in place."""
@@ -1197,12 +1363,87 @@ def all_mean(x):
         x /= dist.get_world_size()
     return x
 
-def require_equal(value, problem, device):
-    """Raises BadInput in all processes if one has another value: they would wait for each other without end. (Each node
-    gets its own command, and may have its own files.)"""
-    checksum = zlib.crc32(json.dumps(value).encode())
-    if all_mean(torch.tensor(checksum, dtype=torch.float64, device=device)).item() != checksum:
-        raise BadInput(f"the processes {problem}")
+def on_first_process(work):
+    """Call work() on process 0, while the others wait. Returns, on all: the error that it raised, in words, or ""."""
+    problem = [""]
+    if process_numbers()[0] == 0:
+        try:
+            work()
+        except (BadInput, OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
+            problem = [one_line(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problem)
+    return problem[0]
+
+def require_equal(values):
+    """Raises BadInput, in all processes, if one has another value under the same name. (Each node gets its own command,
+    and may have its own files. Processes that differ would wait for each other without end, or train apart.)"""
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, values)
+    for name, value in everyone[0].items():
+        for rank, other in enumerate(everyone):
+            if other[name] != value:
+                raise BadInput(f"{name}: {value} in process 0, but {other[name]} in process {rank}")
+
+def check_run(cfg, images, world):
+    """Raises BadInput, in all processes, if their options or images differ, or if --batch-size does not fit."""
+    options = {flag(name): value for name, value in vars(cfg).items() if name not in ("data", "output", "workers")}
+    cfg.images = [len(images), zlib.crc32(np.ascontiguousarray(images.items))]      # of pixels or file names
+    require_equal(options | {"--data (number of images, checksum)": cfg.images})
+    if cfg.batch_size % world:
+        raise BadInput(f"--batch-size {cfg.batch_size} cannot be shared equally by {world} processes; the next size "
+                       f"that can is {math.ceil(cfg.batch_size / world) * world}")
+    if len(images) < cfg.batch_size:
+        hint = "; --preset small takes 32" if cfg.preset == "paper" else ""
+        raise BadInput(f"--batch-size {cfg.batch_size}: {cfg.data} has only {len(images)} images{hint}")
+
+def describe(cfg, images, steps, start):
+    """The first line of a run."""
+    skipped = f" ({images.skipped} other files skipped)" if images.skipped else ""
+    return (f"{cfg.matching} matching, preset {cfg.preset}, {cfg.arch} on {cfg.device}; {len(images)} images of "
+            f"{images.root}{skipped}: {steps} steps of {cfg.batch_size} images, from step {start}; output in "
+            f"{cfg.output}/")
+
+def prepare(cfg, student, teacher, world):
+    """Compile the networks, and synchronise their batch norm over GPUs, if asked to. Returns: the student to call."""
+    if world > 1 and cfg.device == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+    if cfg.compile:
+        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs eagerly, with a warning
+        student.compile()
+        teacher.compile()
+    return nn.parallel.DistributedDataParallel(student) if world > 1 else student
+
+class StepValues(NamedTuple):
+    """What all processes know of a step: means over them and, of the last two, sums."""
+    image_loss: float
+    patch_loss: float
+    grad_norm: float
+    center_sum: float                   # of the mean logits of the teacher: NaN if one of them is
+    unreadable: float                   # images that could not be read
+    stop: float                         # signals that ask to stop
+
+def share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests):
+    """The numbers of `StepValues` as a tensor. This does not wait for the GPU; its tolist() does."""
+    counts = torch.tensor([len(problems), len(stop_requests)]) * float(process_numbers()[1])
+    numbers = torch.stack([image_loss.detach(), patch_loss.detach(), grad_norm, batch_center.sum()])
+    return all_mean(torch.cat([numbers, counts.to(numbers.device, non_blocking=True)]))
+
+def diverged(values, overflows, step, lr):
+    """True, after a line that says why, if a loss, the teacher's output or a gradient is NaN or infinite. In float16,
+    gradients may overflow, but not in more than MAX_OVERFLOWS steps in a row."""
+    numbers = [values.image_loss, values.patch_loss, values.center_sum]
+    if not 0 < overflows <= MAX_OVERFLOWS:
+        numbers.append(values.grad_norm)
+    if all(map(math.isfinite, numbers)):
+        return False
+    say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values.image_loss:.3g}, patch loss "
+        f"{values.patch_loss:.3g}, teacher {values.center_sum:.3g}, gradient {values.grad_norm:.3g}; the last "
+        "checkpoint is unchanged; a lower --lr may help", sys.stderr)
+    return True
 
 def catch_signals(world):
     """From now on, SIGTERM, SIGHUP and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one
@@ -1223,9 +1464,9 @@ def catch_signals(world):
         signal.signal(signal.SIGHUP, request)
     return received
 
-def ignore_signals(worker):
-    """In a DataLoader worker: leave the main process's group, so that a signal to the group (Ctrl-C, a closed terminal,
-    torchrun's SIGTERM) is for the main process alone, which needs this worker until the end of the step."""
+def leave_process_group(worker):
+    """In a DataLoader worker: a signal to the group (Ctrl-C, a closed terminal, torchrun's SIGTERM) is then for the
+    main process alone, which needs this worker until the end of the step."""
     os.setpgid(0, 0)
 
 # ------------------------------------------------------------------------------------------------ errors, main
@@ -1250,8 +1491,6 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(script, work):
     """Exit code of work(), or of what ended it in one line. Other errors are not the user's: they get a traceback."""
-    if sys.stdout and sys.stdout is sys.__stdout__:         # not a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")   # a file's name may be no text
     try:
         code = work()
         if dist.is_initialized():
@@ -1259,11 +1498,11 @@ def run_script(script, work):
         return code
     except BadInput as error:
         message, *only_here = error.args                    # else all processes meet it: say it once per node
-        if only_here or os.environ.get("LOCAL_RANK", "0") == "0":
-            say(f"{script}: error: {message}", everywhere=True, file=sys.stderr)
+        if only_here or process_numbers()[2] == 0:
+            say(f"{script}: error: {message}", sys.stderr, everywhere=True)
         return 2
     except KeyboardInterrupt:
-        say(f"{script}: interrupted", everywhere=True, file=sys.stderr)
+        say(f"{script}: interrupted", sys.stderr, everywhere=True)
         return 130
 
 def main(argv=None):
