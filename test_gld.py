@@ -1519,8 +1519,7 @@ def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypat
 def test_a_run_prints_what_it_has_and_what_to_do_next(tmp_path):
     for _ in range(2):                  # when it ends, and when it is started again
         said = train_ok("--matching none --max-steps 1", tmp_path).stdout
-        assert "output/backbone.pt" in said
-        assert "python eval_knn.py --checkpoint output/checkpoint.pt" in said
+        assert "the weights are in output/; next: python eval_knn.py --checkpoint output/checkpoint.pt" in said
         assert not re.search("patch|matched|GPU", said)
     said = train_ok("--max-steps 1 --output geometric", tmp_path).stdout
     assert "patch" in said and "matched" in said and "GPU" not in said
@@ -1557,7 +1556,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, op
     assert gld.main(options.split()) == 2
     out = capsys.readouterr()
     assert REFUSED[options] in out.err and out.err.count("\n") == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*.pt"))
 
 @pytest.mark.parametrize("arch", ["conv_tiny", "swin_t", "vit_tiny --patch-size 14"])
 def test_a_size_that_does_not_fit_is_refused_with_one_that_does(tmp_path, arch):
@@ -1592,7 +1591,7 @@ def test_by_default_there_is_a_worker_per_processor_that_may_be_used(monkeypatch
 
 def test_the_paper_preset_and_its_defaults(tmp_path):
     done = train_ok(f"--data {PICTURES} --data-fraction 1 {SMALL_PAPER} --batch-size 2 --max-steps 1", tmp_path)
-    assert "on a CPU, --preset paper takes minutes" in done.stdout
+    assert "preset paper" in done.stdout and "2 images" in done.stdout
     small, paper = config(), config("--preset", "paper")
     assert (small.preset, small.batch_size, small.drop_path, small.eval_every) == ("small", 32, 0, 1)
     assert (paper.preset, paper.batch_size, paper.drop_path) == ("paper", 256, 0.1)
@@ -1629,11 +1628,11 @@ def vit_keys(width=384, **others):
 DINOV3 = vit_keys()
 del DINOV3["pos_embed"]
 NOT_LOADED = {  # file: what it holds, what is said
-    "hostile.pt": ({"student": Hostile()}, "holds Python objects that are not loaded"),
-    "module.pt": (torch.nn.Linear(2, 2), "holds Python objects that are not loaded"),
-    "cut.pt": ({"student": {"weight": torch.zeros(1000)}}, "damaged or not a checkpoint"),
-    "text.pt": ("hello", "damaged or not a checkpoint"),
-    "file.safetensors": ("\2\0\0\0\0\0\0\0{}", "safetensors: convert it with torch.save"),
+    "hostile.pt": ({"student": Hostile()}, "holds Python objects (posix.system)"),
+    "module.pt": (torch.nn.Linear(2, 2), "holds Python objects (torch.nn.modules.linear.Linear)"),
+    "cut.pt": ({"student": {"weight": torch.zeros(1000)}}, "damaged, or not a checkpoint"),
+    "text.pt": ("hello", "damaged, or not a checkpoint"),
+    "file.safetensors": ("\2\0\0\0\0\0\0\0{}", "convert it: torch.save(safetensors"),
     "tensor.pt": (torch.zeros(3), ""),
     "empty.pt": ({"options": {}}, ""),
     "numbers.pt": ({"student": 1, "teacher": 2}, "no state dict"),
@@ -1660,7 +1659,7 @@ def test_a_checkpoint_is_data_not_code_and_the_reason_is_told(tmp_path):
     Path(tmp_path, "pickle.pt").write_bytes(pickle.dumps(Hostile()))
     assert_refused(run("eval_knn.py --checkpoint pickle.pt", tmp_path), "pickle.pt")
     done = run("eval_knn.py --checkpoint output", tmp_path)
-    assert_refused(done, "--checkpoint output: is a folder: do you mean output/checkpoint.pt?")
+    assert_refused(done, "--checkpoint output: a folder; do you mean output/checkpoint.pt?")
     assert not (tmp_path / "harmed").exists()
 
 # ------------------------------------------------------------------------------------------------ evaluation
