@@ -1466,8 +1466,9 @@ def test_printing_never_ends_a_run(tmp_path):
 
     def start(command, stdout):
         script, *words = command.split()
-        return subprocess.Popen([sys.executable, HERE / script, *words, "--device", "cpu"], cwd=tmp_path, stdout=stdout,
-                                stderr=subprocess.PIPE, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+        environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")      # what is buffered fails last
+        return subprocess.Popen([sys.executable, HERE / script, *words, "--device", "cpu"], cwd=tmp_path,
+                                stdout=stdout, stderr=subprocess.PIPE, env=environment)
 
     closed = start(f"gld.py {options} odd", subprocess.PIPE)
     closed.stdout.close()
