@@ -1466,7 +1466,7 @@ def test_printing_never_ends_a_run(tmp_path):
 
     def start(command, stdout):
         script, *words = command.split()
-        environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")      # what is buffered fails last
+        environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")      # a buffer fails at exit
         return subprocess.Popen([sys.executable, HERE / script, *words, "--device", "cpu"], cwd=tmp_path,
                                 stdout=stdout, stderr=subprocess.PIPE, env=environment)
 
