@@ -69,6 +69,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from PIL.Image import Transpose
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import ColorJitter, RandomResizedCrop
@@ -196,17 +197,20 @@ def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=
     0 if the two are too far apart: at least half the diagonal of a patch, of the larger one. Otherwise it is 1."""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
-    half_diagonals = [torch.hypot(box[2] / rows, box[3] / cols) / 2
-                      for box, (rows, cols) in ((student_box, student_grid), (teacher_box, teacher_grid))]
-    near = nearest_distance < max(half_diagonals)
-    return match, near.to(distance.dtype) if hinge else torch.ones_like(nearest_distance)
+    diagonals = [torch.hypot(box[2] / rows, box[3] / cols)                                  # of one patch
+                 for box, (rows, cols) in ((student_box, student_grid), (teacher_box, teacher_grid))]
+    weight = torch.ones_like(nearest_distance)
+    if hinge:
+        weight[nearest_distance >= max(diagonals) / 2] = 0
+    return match, weight
 
 def patch_loss_definition(student, teacher, center, boxes, grids, teacher_temp, hinge=True):
     """The patch loss with geometric matching. student: V logits (B, N, K). teacher: Q logits (B, N, K). center: (K,).
     boxes: (V, B, 5). grids: V pairs (rows, cols)."""
+    # all pairs of a teacher view q and another view v; the first Q views of the student are those of the teacher
+    pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
     losses = []
-    # all pairs of a teacher view q and another view v of the student; the first Q student views are the teacher's
-    for q, v in ((q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q):
+    for q, v in pairs:
         target = F.softmax((teacher[q] - center) / teacher_temp, dim=-1)                    # (B, Nt, K)
         log_p = F.log_softmax(student[v] / STUDENT_TEMP, dim=-1)                            # (B, Ns, K)
         for b in range(len(target)):
@@ -223,7 +227,8 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     for whole views: each counts as one patch, and its weight is 1. loss is the mean of the two; with matching none, it
     is image_loss.
 
-    `head_cross_entropy` computes the sum over the pairs of views fast, and never holds all logits in memory.
+    `head_cross_entropy` computes the same, fast: the sum over all pairs of views of the mean over images and patches.
+    It never holds all logits in memory. (`geometric_matches` is `nearest_patches` in closed form.)
 
     The center is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
     for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
@@ -235,20 +240,20 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
         hinge: False: every weight is 1. (The official code calls the cut-off at half a diagonal so.)
         impl: "triton", "torch" or "auto", see matching_kernels.py.
     """
-    n_pairs = len(teacher.image_z) * (len(student.image_z) - 1)                             # Q * (V - 1)
+    Q, V = len(teacher.image_z), len(student.image_z)
+    n_pairs = Q * (V - 1)
     common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
     image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
                                     centers[0], **common) / n_pairs
     if matching == "none":
         return image_loss, image_loss, torch.zeros_like(image_loss)
-    (teacher_z,), (teacher_features,) = teacher.patch_z, teacher.features       # the teacher has one size of view
     if matching == "geometric":
-        match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:len(teacher_z)],
-                        teacher_grid=grids[0], hinge=hinge)
+        match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:Q], teacher_grid=grids[0],
+                        hinge=hinge)
     else:
-        match_by = dict(index=[similarity_matches(features[:, None], teacher_features[None])        # (G, Q, B, N)
+        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0])           # (G, Q, B, N)
                                for features in student.features])
-    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher_z, teacher.patch_weight,
+    patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
                                     centers[1], **match_by, **common) / n_pairs
     return (image_loss + patch_loss) / 2, image_loss, patch_loss
 
@@ -286,28 +291,20 @@ def clip_gradients(grads, limit):
         torch._foreach_mul_(grads, factors.unbind())
     return norms.norm()
 
-class State(NamedTuple):
-    """All that training changes, and that a checkpoint holds."""
-    student: nn.Module
-    teacher: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler    # scales the loss up, so that small gradients survive float16; else it does nothing
-    centers: torch.Tensor           # (2, K) of the image head and of the patch head; (1, K) with matching none
-
 def make_state(cfg, device):
-    """The state before the first step: the teacher starts with the student's weights."""
+    """All that training changes, and that a checkpoint holds, as a dict: the state before the first step."""
     student = Network(cfg, cfg.drop_path).to(device, memory_format=torch.channels_last)
     teacher = Network(cfg).to(device, memory_format=torch.channels_last)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)                           # it learns by its moving average alone
+    teacher.load_state_dict(student.state_dict())           # it starts with the student's weights
+    teacher.requires_grad_(False)                           # and learns by its moving average alone
     parameters = [p for p in student.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]        # biases and norms: without weight decay
-    optimizer = torch.optim.AdamW([{"params": matrices, "decay": 1}, {"params": vectors, "decay": 0}],
-                                  lr=0, weight_decay=0, fused=True)             # both are set in each step
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "decay": 1},    # biases and norms are not decayed
+              {"params": [p for p in parameters if p.ndim <= 1], "decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=0, weight_decay=0, fused=True)     # both are set in each step
+    # scales the loss up, so that small gradients survive float16; with other dtypes it does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype(cfg) == torch.float16)
-    centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)
-    return State(student, teacher, optimizer, scaler, centers)
+    centers = torch.zeros(1 if cfg.matching == "none" else 2, cfg.out_dim, device=device)       # a row for each head
+    return dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, centers=centers)
 
 def train(cfg):
     """Train a student and its teacher; under torchrun, as one of several processes. Returns: the exit code.
@@ -327,7 +324,7 @@ def train(cfg):
 
     torch.manual_seed(cfg.seed)
     state = make_state(cfg, device)
-    student, teacher, optimizer, scaler, centers = state
+    student, teacher, optimizer, scaler, centers = state.values()
     last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
     log = Log(cfg)
     start = resume(cfg, state)                              # the first step to do: 0, or that of the checkpoint
@@ -337,11 +334,12 @@ def train(cfg):
     say(describe(cfg, images, steps, start))
     stop_requests = catch_signals(world)                    # a list that is empty until a signal asks to stop
     batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
-    batch, _ = load_batch(batches, device, cfg)
+    batch, _ = load_batch(batches, device, cfg)             # augmented views, boxes, images that could not be read
     overflows = 0                                           # steps in a row in which a float16 gradient overflowed
 
     for step in range(start, stop_at):
         began = time.perf_counter()
+        pixels, boxes, problems = batch
         epoch = step // steps_per_epoch
         lr = cosine(cfg.lr * cfg.batch_size / 256, cfg.min_lr, step, steps, int(cfg.warmup_epochs * steps_per_epoch))
         weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, step, steps)
@@ -355,11 +353,11 @@ def train(cfg):
         # 1. both networks, one loss; the teacher sees the global views only
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
-                teacher_out = teacher(batch.pixels[:1])     # a list with the first size of view
-            student_out = run_student(batch.pixels)
+                teacher_out = teacher(pixels[:1])           # a list with the global views alone
+            student_out = run_student(pixels)
         loss, image_loss, patch_loss = distillation_loss(
-            student_out, teacher_out, centers, batch.boxes, cfg.grids, teacher_temp=teacher_temp,
-            matching=cfg.matching, hinge=cfg.hinge, impl=cfg.impl)
+            student_out, teacher_out, centers, boxes, cfg.grids, teacher_temp=teacher_temp, matching=cfg.matching,
+            hinge=cfg.hinge, impl=cfg.impl)
 
         # 2. gradients: backward; in the first epochs, freeze the last layers; clip each parameter by itself
         optimizer.zero_grad()
@@ -372,17 +370,19 @@ def train(cfg):
 
         # 3. average over the processes before anything changes: so a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, batch.problems, stop_requests)
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
         next_batch, waited = load_batch(batches, device, cfg)       # now, while the GPU computes: tolist() waits for it
         values = StepValues(*shared.tolist())
-        overflowed = scaler.is_enabled() and not math.isfinite(values.grad_norm)
-        overflows = overflows + 1 if overflowed else 0
-        if diverged(values, overflows, step, lr):
+        if scaler.is_enabled() and not math.isfinite(values.grad_norm) and overflows < MAX_OVERFLOWS:
+            overflows += 1                                  # float16: the scaler will skip this step
+            values = values._replace(grad_norm=0.0)
+        else:
+            overflows = 0
+        if diverged(values, step, lr):
             return 1
 
-        # 4. update: the student; the centers, used from the next step on; the teacher, towards the student's new weights
-        # (if a gradient overflowed, the scaler leaves the student as it is and lowers its scale)
-        scaler.step(optimizer)
+        # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
+        scaler.step(optimizer)                              # not if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
         with torch.no_grad():                               # parameters only: batch norm statistics are its own
@@ -392,10 +392,10 @@ def train(cfg):
         done = step + 1
         epoch_ended = done % steps_per_epoch == 0
         run_ended = done == stop_at
-        log.add(values, batch.problems, time.perf_counter() - began, waited, steps_per_epoch * cfg.batch_size)
+        log.add(values, problems, time.perf_counter() - began, waited, steps_per_epoch * cfg.batch_size)
         if epoch_ended or run_ended or time.perf_counter() - log.reported > 30:
             record = dict(epoch=epoch, step=done, lr=lr)
-            record |= diagnose(teacher_out, centers[0], batch.boxes, teacher_temp, cfg)
+            record |= diagnose(teacher_out, centers[0], boxes, teacher_temp, cfg)
             if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
                 record["knn"] = top1_of_20nn(teacher.backbone, labelled_images, cfg, device, rank, world)
             log.report(record, stop_at - done, epoch_ended or run_ended)
@@ -414,14 +414,11 @@ def train(cfg):
 
 ARCHS = ("conv_tiny", "vit_tiny", "vit_small", "vit_base", "swin_t", "swin_s", "swin_b", "resnet50")
 BUILT_IN_SETS = ("shapes", "cifar10")
-NOT_NEGATIVE = (0, 1e9)
-FRACTION = (1e-9, 1)                    # above 0
-
-def count_processors():
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-WORKERS = min(count_processors(), 10)
+NOT_NEGATIVE = (0, 1e10)
+POSITIVE = (1e-9, 1e9)
+AT_LEAST_1 = (1, 1e9)
+FRACTION = (1e-9, 1)
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 class Option(NamedTuple):
     """A command-line flag with its default in --preset small and, where it differs, in --preset paper."""
@@ -433,57 +430,57 @@ class Option(NamedTuple):
     paper: object = None                # None: as small
 
 # These may change when a run is resumed. (A folder may move; its images are compared.)
-RUN_OPTIONS = (
-    Option("data", str, "shapes", None, "folder of images, or a built-in dataset: " + ", ".join(BUILT_IN_SETS)),
-    Option("output", str, "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
-    Option("resume", bool, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
-    Option("save_every", int, 1, (1, 1e9), "epochs between checkpoints"),
-    Option("eval_every", int, None, NOT_NEGATIVE, "epochs between k-NN evaluations, 0: none (shapes: 1, else 0)"),
-    Option("max_steps", int, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all"),
-    Option("workers", int, WORKERS, (0, 999), "DataLoader workers per process"),
-    Option("precision", str, "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype"),
-    Option("compile", bool, False, None, "torch.compile the networks"),
-    Option("impl", str, "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py"),
-    Option("device", str, "auto", ("auto", "cpu", "cuda"), "auto: cuda if available"),
-)
+RUN_OPTIONS = [Option(*row) for row in (
+    ("data", str, "shapes", None, "folder of images, or a built-in dataset: " + ", ".join(BUILT_IN_SETS)),
+    ("output", str, "output", None, "folder for checkpoint.pt, backbone.pt and log.jsonl"),
+    ("resume", bool, True, None, "resume from OUTPUT/checkpoint.pt if it exists"),
+    ("save_every", int, 1, AT_LEAST_1, "epochs between checkpoints"),
+    ("eval_every", int, None, NOT_NEGATIVE, "epochs between k-NN evaluations, 0: none (shapes: 1, else 0)"),
+    ("max_steps", int, 0, NOT_NEGATIVE, "stop after this many steps, on the schedule of --epochs; 0: all"),
+    ("workers", int, min(PROCESSORS, 10), NOT_NEGATIVE, "DataLoader workers per process"),
+    ("precision", str, "auto", ("auto", "bf16", "fp16", "fp32"), "network compute dtype"),
+    ("compile", bool, False, None, "torch.compile the networks"),
+    ("impl", str, "auto", ("auto", "triton", "torch"), "code path of the loss, see matching_kernels.py"),
+    ("device", str, "auto", ("auto", "cpu", "cuda"), "auto: cuda if available"),
+)]
 # These make the result: they stay the same when a run is resumed.
-RESULT_OPTIONS = (
-    Option("data_fraction", float, 1.0, FRACTION, "use this fraction of each class, always the same images"),
+RESULT_OPTIONS = [Option(*row) for row in (
+    ("data_fraction", float, 1.0, FRACTION, "use this fraction of each class, always the same images"),
     # views
-    Option("global_size", int, 32, (1, 9999), "side of a global view, pixels", paper=224),
-    Option("local_size", int, 16, (1, 9999), "side of a local view, pixels", paper=96),
-    Option("local_views", int, 4, (0, 99), "L, number of local views per image", paper=8),
-    Option("global_scale", float, [0.4, 1.0], FRACTION, "area of a global view, as a fraction of the image's"),
-    Option("local_scale", float, [0.1, 0.4], FRACTION, "the same of a local view", paper=[0.05, 0.4]),
-    Option("blur_sigma", float, [0.1, 0.5], (1e-9, 99), "range of the Gaussian blur's sigma, pixels", paper=[0.1, 2.0]),
+    ("global_size", int, 32, AT_LEAST_1, "side of a global view, pixels", 224),
+    ("local_size", int, 16, AT_LEAST_1, "side of a local view, pixels", 96),
+    ("local_views", int, 4, NOT_NEGATIVE, "L, number of local views per image", 8),
+    ("global_scale", float, [0.4, 1.0], FRACTION, "area of a global view, as a fraction of the image's"),
+    ("local_scale", float, [0.1, 0.4], FRACTION, "the same of a local view", [0.05, 0.4]),
+    ("blur_sigma", float, [0.1, 0.5], POSITIVE, "range of the Gaussian blur's sigma, pixels", [0.1, 2.0]),
     # networks
-    Option("arch", str, "conv_tiny", ARCHS, "backbone", paper="swin_t"),
-    Option("patch_size", int, 8, (1, 999), "patch size of a ViT, pixels", paper=16),
-    Option("drop_path", float, None, (0, 0.999), "stochastic depth (small: 0; paper: 0.1, swin_s and swin_b 0.2)"),
-    Option("out_dim", int, 256, (2, 1e9), "K, output dimension of a head", paper=65536),
-    Option("head_hidden", int, 128, (1, 1e6), "hidden width of a head", paper=2048),
-    Option("head_bottleneck", int, 64, (1, 1e6), "D, width before the last layer of a head", paper=256),
-    Option("norm_last_layer", bool, True, None, "fix the weight-norm gain of the last layer at 1", paper=False),
-    Option("init_from", str, "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
+    ("arch", str, "conv_tiny", ARCHS, "backbone", "swin_t"),
+    ("patch_size", int, 8, AT_LEAST_1, "patch size of a ViT, pixels", 16),
+    ("drop_path", float, None, (0, 0.999), "stochastic depth (small: 0, paper: 0.1, but 0.2 for swin_s and swin_b)"),
+    ("out_dim", int, 256, (2, 1e9), "K, output dimension of a head", 65536),
+    ("head_hidden", int, 128, AT_LEAST_1, "hidden width of a head", 2048),
+    ("head_bottleneck", int, 64, AT_LEAST_1, "D, width before the last layer of a head", 256),
+    ("norm_last_layer", bool, True, None, "fix the weight-norm gain of the last layer at 1", False),
+    ("init_from", str, "", None, "start from the weights in this file: gld.py's, or any that eval_knn.py reads"),
     # the loss
-    Option("matching", str, "geometric", ("geometric", "similarity", "none"), "which patches match; none: DINO"),
-    Option("hinge", bool, True, None, "geometric matching: leave out patches without a teacher patch close by"),
-    Option("teacher_temp", float, 0.04, (1e-6, 1e6), "teacher temperature", paper=0.07),
-    Option("warmup_teacher_temp", float, 0.04, (1e-6, 1e6), "teacher temperature at the start"),
-    Option("warmup_teacher_temp_epochs", int, 0, NOT_NEGATIVE, "epochs of its linear warm-up", paper=30),
+    ("matching", str, "geometric", ("geometric", "similarity", "none"), "which patches match; none: DINO"),
+    ("hinge", bool, True, None, "geometric matching: leave out patches without a teacher patch close by"),
+    ("teacher_temp", float, 0.04, POSITIVE, "teacher temperature", 0.07),
+    ("warmup_teacher_temp", float, 0.04, POSITIVE, "teacher temperature at the start"),
+    ("warmup_teacher_temp_epochs", int, 0, NOT_NEGATIVE, "epochs of its linear warm-up", 30),
     # optimisation
-    Option("epochs", int, 10, (1, 1e9), "passes over the data", paper=300),
-    Option("batch_size", int, 32, (1, 1e6), "images per step, over all processes", paper=256),
-    Option("lr", float, 1.6e-2, (0, 1e6), "learning rate per 256 images of the batch", paper=5e-4),
-    Option("min_lr", float, 1e-6, (0, 1e6), "learning rate at the end (cosine)"),
-    Option("warmup_epochs", float, 1.0, NOT_NEGATIVE, "linear warm-up of the learning rate", paper=10.0),
-    Option("weight_decay", float, 0.04, (0, 1e6), "weight decay at the start"),
-    Option("weight_decay_end", float, 0.4, (0, 1e6), "weight decay at the end (cosine)"),
-    Option("clip_grad", float, 3.0, NOT_NEGATIVE, "largest gradient norm of each parameter; 0: any"),
-    Option("freeze_last_layer", int, 0, NOT_NEGATIVE, "epochs in which the last layer of the heads is frozen", paper=1),
-    Option("teacher_momentum", float, 0.99, (0, 1), "the EMA's momentum at the start (cosine to 1)", paper=0.996),
-    Option("seed", int, 0, (0, 2 ** 32), "random seed"),
-)
+    ("epochs", int, 10, AT_LEAST_1, "passes over the data", 300),
+    ("batch_size", int, 32, AT_LEAST_1, "images per step, over all processes", 256),
+    ("lr", float, 1.6e-2, NOT_NEGATIVE, "learning rate per 256 images of the batch", 5e-4),
+    ("min_lr", float, 1e-6, NOT_NEGATIVE, "learning rate at the end (cosine)"),
+    ("warmup_epochs", float, 1.0, NOT_NEGATIVE, "epochs of linear warm-up of the learning rate", 10.0),
+    ("weight_decay", float, 0.04, NOT_NEGATIVE, "weight decay at the start"),
+    ("weight_decay_end", float, 0.4, NOT_NEGATIVE, "weight decay at the end (cosine)"),
+    ("clip_grad", float, 3.0, NOT_NEGATIVE, "largest gradient norm of each parameter; 0: any"),
+    ("freeze_last_layer", int, 0, NOT_NEGATIVE, "epochs in which the last layer of the heads is frozen", 1),
+    ("teacher_momentum", float, 0.99, (0, 1), "the EMA's momentum at the start (cosine to 1)", 0.996),
+    ("seed", int, 0, NOT_NEGATIVE, "random seed"),
+)]
 OPTIONS = RUN_OPTIONS + RESULT_OPTIONS
 
 def flag(name):
@@ -491,20 +488,16 @@ def flag(name):
 
 def add_option(parser, option):
     """Add the flag of an option, without its default: which preset's it is, is known only after parsing."""
+    kwargs = dict(type=option.type)
     if option.type is bool:
         kwargs = dict(action=argparse.BooleanOptionalAction)
-    elif isinstance(option.small, list):
-        kwargs = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
     elif option.type is str:
-        kwargs = dict(choices=option.allowed, metavar=None if option.allowed else "PATH")
-    else:
-        kwargs = dict(type=option.type, metavar="N")
-    small, paper = (" ".join(map(str, x)) if isinstance(x, list) else x for x in (option.small, option.paper))
-    default = ""                        # none, or told by `meaning`
-    if paper is not None:
-        default = f" (small: {small}, paper: {paper})"
-    elif small not in (None, ""):
-        default = f" ({small})"
+        kwargs = dict(choices=option.allowed)
+    elif isinstance(option.small, list):
+        kwargs["nargs"] = 2
+    default = "" if option.small in (None, "") else f" ({option.small})"        # else `meaning` tells it
+    if option.paper is not None:
+        default = f" (small: {option.small}, paper: {option.paper})"
     parser.add_argument(flag(option.name), help=option.meaning + default, **kwargs)
 
 def check_range(option, value):
@@ -567,11 +560,10 @@ def choose_device(wanted):
 
 def compute_dtype(cfg):
     """The dtype that the networks compute in."""
-    if cfg.precision != "auto":
-        return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.precision]
-    if cfg.device == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    precision = cfg.precision
+    if precision == "auto" and cfg.device == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32)
 
 # ------------------------------------------------------------------------------------------------ augmentation
 
@@ -683,9 +675,8 @@ class Backbone(nn.Module):
             self.width = 128
             self.net = nn.Sequential()
             for before, after, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1)):
-                self.net.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
-                self.net.append(nn.BatchNorm2d(after))
-                self.net.append(nn.ReLU())
+                conv = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+                self.net.extend([conv, nn.BatchNorm2d(after), nn.ReLU()])
         elif arch.startswith("vit"):
             self.width, heads = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}[arch]
             self.net = torchvision.models.VisionTransformer(image_size, patch_size, 12, heads, self.width,
@@ -747,17 +738,16 @@ class Backbone(nn.Module):
         if (rows, cols) == (side, side):
             return embedding
         grid = embedding[:, 1:].mT.unflatten(2, (side, side))                               # (1, C, side, side)
-        grid = F.interpolate(grid.float(), size=(rows, cols), mode="bicubic")               # as the official code
-        return torch.cat([embedding[:, :1], grid.flatten(2).mT.to(embedding.dtype)], 1)
+        grid = F.interpolate(grid, size=(rows, cols), mode="bicubic")                       # as the official code
+        return torch.cat([embedding[:, :1], grid.flatten(2).mT], 1)
 
 # ------------------------------------------------------------------------------------------------ images
 
-IMAGE_SUFFIXES = tuple(suffix for suffix in (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .tif .tiff "
-                                             ".avif").split() if suffix in Image.registered_extensions())
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .ppm .pgm .tif .tiff".split()
+IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix in Image.registered_extensions())
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}                                  # of EXIF's orientation
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}      # of EXIF's orientation
 
 def decode(path):
     """An image file -> (3, height, width) uint8 RGB, turned as its EXIF says. 16-bit pixels are divided by 257. Raises
@@ -783,21 +773,20 @@ class Images:
     items: np.ndarray                                       # (n, height, width, 3) uint8, or (n,) file names
     labels: np.ndarray                                      # (n,)
     root: str                                               # the folder, or the name of the set
-    classes: np.ndarray = None                              # names of the class folders
+    classes: np.ndarray = None                              # names of the class folders; None: a built-in set
     skipped: int = 0                                        # files that are no images
 
     def __len__(self):
         return len(self.labels)
 
-    def in_memory(self):
-        return self.items.ndim > 1
-
-    def name(self, i):
-        return f"image {i} of {self.root}" if self.in_memory() else os.path.join(self.root, os.fsdecode(self.items[i]))
+    def path(self, i):
+        return os.path.join(self.root, os.fsdecode(self.items[i]))
 
     def read(self, i):
         """(3, height, width) uint8. Raises OSError and others if the file cannot be read or is not an image."""
-        return torch.from_numpy(self.items[i]).permute(2, 0, 1) if self.in_memory() else decode(self.name(i))
+        if self.classes is None:                            # a built-in set
+            return torch.from_numpy(self.items[i]).permute(2, 0, 1)
+        return decode(self.path(i))
 
 def load_images(data, split, fraction=1.0, must_split=False):
     """The `Images` of --data: a built-in set, or a folder. Of a folder that holds `split`/, only that is used."""
@@ -846,40 +835,43 @@ def load_folder(data, split, must_split):
         raise BadInput(f"--data {data}: {problem}, and not {' or '.join(BUILT_IN_SETS)}")
     with blame(f"--data {data}"):
         if (root / split).is_dir():
-            for other in root.iterdir():
-                named_as_class = other.is_dir() and other.name.lower() not in SPLITS and other.name[0] != "."
-                if named_as_class and not (root / "val").is_dir() and any(map(is_image, files_below(other))):
-                    raise BadInput(f"is {split}/ a class as {other.name}/ is? Rename it, or give {root / split}")
+            for folder in root.iterdir():
+                if split == "val" or (root / "val").is_dir() or folder.name.lower() in SPLITS:
+                    continue
+                if folder.is_dir() and any(map(is_image, files_below(folder))):
+                    raise BadInput(f"is train/ a class, as {folder.name}/ is? Rename it, or give {root / split}")
             root = root / split
         elif must_split:
             raise BadInput(f"must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
-        files = [path[len(os.path.join(root, "")):] for path in files_below(str(root))]
-        names = sorted(os.fsencode(path) for path in files if is_image(path))
-        if not names:
+        files = [os.path.relpath(path, root) for path in files_below(root)]
+        found = [path for path in files if is_image(path)]
+        if not found:
             raise BadInput(f"no images ({' '.join(IMAGE_SUFFIXES)}) in it")
-        folders = {folder for name in names for folder in os.fsdecode(name).split("/")[:-1]}
-        mixed = [folder for folder in sorted(folders) if folder.lower() in SPLITS]
+        mixed = SPLITS & {folder.lower() for path in found for folder in path.split("/")[:-1]}
         if mixed and split == "train" and root.name != "train":
-            raise BadInput(f"would also train on {mixed[0]}/; give a folder that holds train/ and val/, or the folder "
-                           "of training images itself")
+            raise BadInput(f"would also train on {min(mixed)}/; give a folder that holds train/ and val/, or the "
+                           "folder of training images itself")
+    names = sorted(map(os.fsencode, found))
     classes, labels = np.unique([os.path.dirname(name).split(b"/")[0] for name in names], return_inverse=True)
     return Images(np.array(names), labels, str(root), classes, skipped=len(files) - len(names))
 
-# the shape that tiles the plane: is the point inside? u and v run from -1 to 1 within one tile
-SHAPES = {
-    "disks": lambda u, v: np.hypot(u, v) < 0.7,
-    "rings": lambda u, v: (np.hypot(u, v) > 0.45) & (np.hypot(u, v) < 0.85),
-    "squares": lambda u, v: np.maximum(abs(u), abs(v)) < 0.6,
-    "frames": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.68) < 0.18,
-    "triangles": lambda u, v: np.maximum(v, 0.87 * abs(u) - v / 2) < 0.45,
-    "lattice": lambda u, v: np.minimum(abs(u), abs(v)) < 0.22,
-    "rows": lambda u, v: abs(v) < 0.4,
-    "columns": lambda u, v: abs(u) < 0.4,
-    "crosses": lambda u, v: abs(abs(u) - abs(v)) < 0.25,
-    "diamonds": lambda u, v: abs(u) + abs(v) < 0.75,
-    "chess": lambda u, v: (u > 0) == (v > 0),
-    "zigzags": lambda u, v: abs(v - abs(u) + 0.4) < 0.3,
-}
+def shape_masks(u, v):
+    """The shapes that tile the plane: is the point inside? u and v run from -1 to 1 within one tile."""
+    a, b, r = abs(u), abs(v), np.hypot(u, v)
+    return [
+        r < 0.7,                                            # disks
+        (r > 0.45) & (r < 0.85),                            # rings
+        np.maximum(a, b) < 0.6,                             # squares
+        abs(np.maximum(a, b) - 0.68) < 0.18,                # frames
+        np.maximum(v, 0.87 * a - v / 2) < 0.45,             # triangles
+        np.minimum(a, b) < 0.22,                            # lattice
+        b < 0.4,                                            # rows
+        a < 0.4,                                            # columns
+        abs(a - b) < 0.25,                                  # crosses
+        a + b < 0.75,                                       # diamonds
+        (u > 0) == (v > 0),                                 # chess
+        abs(v - a + 0.4) < 0.3,                             # zigzags
+    ]
 
 def draw_shapes(n, seed, size=48):
     """The built-in dataset: images (n, size, size, 3) uint8 and labels (n,) of 12 classes.
@@ -892,7 +884,7 @@ def draw_shapes(n, seed, size=48):
     # colours run between four corners: the share of each corner, (size, size, 4)
     blend = np.stack([y * x, y * (size - x), (size - y) * x, (size - y) * (size - x)], -1) / size ** 2
     images = np.empty((n, size, size, 3), np.uint8)
-    labels = np.arange(n) % len(SHAPES)
+    labels = np.arange(n) % 12
     for image, label in zip(images, labels):
         pitch = rng.uniform(7, 16)
         angle = rng.uniform(-0.6, 0.6)
@@ -901,7 +893,7 @@ def draw_shapes(n, seed, size=48):
         v = (2 * (y * np.cos(angle) - x * np.sin(angle)) / pitch + shift[1]) % 2 - 1
         dark = blend @ rng.uniform(0, 0.5, (4, 3))
         light = blend @ rng.uniform(0.5, 1, (4, 3))
-        inside = list(SHAPES.values())[label](u, v) ^ (rng.uniform() < 0.5)     # sometimes inverted
+        inside = shape_masks(u, v)[label] ^ (rng.uniform() < 0.5)               # sometimes inverted
         pixels = 255 * np.where(inside[..., None], light, dark)
         image[:] = (pixels + rng.normal(0, 12, image.shape)).clip(0, 255)
     return images, labels
@@ -923,7 +915,7 @@ class ViewDataset(torch.utils.data.Dataset):
                 image = self.images.read(attempt)
                 break
             except Exception as error:                      # decoders raise all kinds of errors for broken files
-                problem = problem or f"{self.images.name(i)}: {one_line(error)}"
+                problem = problem or f"{self.images.path(i)}: {one_line(error)}"
         else:
             image = torch.zeros(3, 64, 64, dtype=torch.uint8)               # the last resort
         with torch.random.fork_rng(devices=[]):
@@ -932,28 +924,25 @@ class ViewDataset(torch.utils.data.Dataset):
 
 def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
     """Batches of this process for these steps. All processes together get the same images whatever their number."""
-    @functools.lru_cache(maxsize=1)                         # drawn in the first step of an epoch, kept for the others
-    def order(epoch):
-        return np.random.default_rng((cfg.seed, epoch)).permutation(len(images))
+    share = cfg.batch_size // world
 
     def keys():
-        share = cfg.batch_size // world
         for step in steps:
             epoch, position = divmod(step, steps_per_epoch)
+            if position == 0 or step == steps.start:
+                order = np.random.default_rng((cfg.seed, epoch)).permutation(len(images))
             first = position * cfg.batch_size + rank * share
-            yield [(epoch, i) for i in order(epoch)[first:first + share].tolist()]
+            yield [(epoch, i) for i in order[first:first + share].tolist()]
 
     return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
                                        pin_memory=cfg.device == "cuda", worker_init_fn=leave_process_group)
 
-class Batch(NamedTuple):
-    """The images of one step in one process, on its device."""
-    pixels: list                        # for each size of view: (G, B, 3, S, S), augmented
-    boxes: torch.Tensor                 # (V, B, 5)
-    problems: list                      # "PATH: REASON" of images that could not be read
-
 def load_batch(batches, device, cfg):
-    """Returns: the next `Batch`, or None after the last one; the seconds that it waited for the DataLoader."""
+    """Returns: the next batch on the device, None after the last one; the seconds that it waited for the DataLoader.
+
+    A batch is a tuple: the augmented views, a list with one tensor (G, B, 3, S, S) for each size of view; their boxes
+    (V, B, 5); a list of "PATH: REASON" of the images that could not be read.
+    """
     began = time.perf_counter()
     views, problems = next(batches, (None, None))
     waited = time.perf_counter() - began
@@ -961,8 +950,8 @@ def load_batch(batches, device, cfg):
         return None, waited
     views = [Views(*(field.to(device, non_blocking=True) for field in part)) for part in views]
     pixels = [augment(part, cfg.blur_sigma[1]) for part in views]
-    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)                    # B comes second from here on
-    return Batch(pixels, boxes, [problem for problem in problems if problem]), waited
+    boxes = torch.cat([part.boxes for part in views], 1).transpose(0, 1)                    # B comes second from here
+    return (pixels, boxes, [problem for problem in problems if problem]), waited
 
 # ------------------------------------------------------------------------------------------------ weights
 
@@ -980,9 +969,10 @@ def load_file(path, flag):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # torch raises many kinds for a foreign file
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        problem = f"holds Python objects ({code[1]})" if code else f"damaged, or not a checkpoint: {one_line(error)}"
-        hint = "; they could run code: save tensors alone" if code else ""
-        raise BadInput(f"{flag} {path}: {problem}{hint}") from None
+        problem = f"damaged, or not a checkpoint: {one_line(error)}"
+        if code:
+            problem = f"holds Python objects ({code[1]}), which could run code; save tensors alone"
+        raise BadInput(f"{flag} {path}: {problem}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{flag} {path}: not a checkpoint, but a {type(content).__name__}")
     return content
@@ -1017,19 +1007,16 @@ VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_emb
                        "norm1": "ln_1", "norm2": "ln_2", "patch_embed.proj": "conv_proj",
                        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
                        "blocks.": "encoder.layers.encoder_layer_"}
-FOREIGN_PARTS = {"register_tokens": "register tokens", "storage_tokens": "register tokens", ".mlp.w12.": "SwiGLU layers",
-                 "rope_embed": "a rotary position embedding"}
-
 def plain_keys(state):
     """Keys of torchvision's network without heads, from those of gld.py and of other people's checkpoints. Raises
     BadInput for networks that are like ours, but others."""
     state = {re.sub(r"^(module\.|backbone\.|net\.)+", "", key.replace("_orig_mod.", "")): value
              for key, value in state.items() if not key.endswith(("attn_mask", "mask_token"))}
-    for part, what in FOREIGN_PARTS.items():
-        if any(part in key for key in state):
-            raise BadInput(f"has {what}, which no network of gld.py has")
     if "cls_token" in state and "pos_embed" not in state:
-        raise BadInput("has no position embedding")
+        raise BadInput("a ViT without position embedding (DINOv3?) is no --arch of gld.py")
+    for part, what in (("register_tokens", "register tokens"), (".w12.", "SwiGLU layers")):
+        if any(part in key for key in state):
+            raise BadInput(f"a network with {what} is no --arch of gld.py")
     for key in [key for key in state if key.endswith(("ls1.gamma", "ls2.gamma"))]:
         # DINOv2's LayerScale multiplies the output of a layer: the same as multiplying its weight and bias
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
@@ -1050,22 +1037,24 @@ def plain_keys(state):
 
 def guess_arch(state):
     """(arch, patch size, image size) of plain keys. Raises BadInput if they belong to no network of gld.py."""
+    patch, image_size, width = 16, 224, None
     if "conv_proj.weight" in state and "encoder.pos_embedding" in state:
         width, _, _, patch = state["conv_proj.weight"].shape
+        image_size = patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
         arch = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}.get(width)
-        if arch is None:
-            raise BadInput(f"a ViT of width {width} is no --arch of gld.py")
-        return arch, patch, patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
-    if "features.0.0.weight" in state:
-        if len(state["features.0.0.weight"]) == 128:
-            return "swin_b", 16, 224
-        deep = any(key.startswith("features.5.17.") for key in state)           # the third stage has 18 blocks, not 6
-        return "swin_s" if deep else "swin_t", 16, 224
-    if "layer4.2.conv3.weight" in state:
-        return "resnet50", 16, 224
-    if "12.weight" in state:
-        return "conv_tiny", 16, 32
-    raise BadInput(f"no --arch of gld.py has keys like {', '.join(list(state)[:3])}")
+    elif "features.0.0.weight" in state:
+        width = len(state["features.0.0.weight"])
+        deep = "features.5.17.norm1.weight" in state                            # the third stage has 18 blocks, not 6
+        arch = {(96, False): "swin_t", (96, True): "swin_s", (128, True): "swin_b"}.get((width, deep))
+    elif "layer4.2.conv3.weight" in state:
+        arch = "resnet50"
+    elif "12.weight" in state:
+        arch, image_size = "conv_tiny", 32
+    else:
+        raise BadInput(f"no --arch of gld.py has keys like {', '.join(list(state)[:3])}")
+    if arch is None:
+        raise BadInput(f"width {width} is no --arch of gld.py")
+    return arch, patch, image_size
 
 def initialise(cfg, student, teacher):
     """--init-from: both backbones from any file that `load_backbone` reads; the heads only from a checkpoint of gld.py,
@@ -1105,24 +1094,23 @@ def resume(cfg, state):
                 raise BadInput(f"{flag(name)}: {now} here, but {path} was made with {before.get(name)}; {new_run}, and "
                                f"--init-from {path} to start from its weights")
         with blame(f"--output {path}: was not written by this gld.py"):
-            for name, part in state._asdict().items():
+            for name, part in state.items():
                 if name == "centers":
                     part.copy_(content[name])
                 elif content[name]:                         # the gradient scaler has no state unless fp16 is used
                     part.load_state_dict(content[name])
             start = content["step"]
     elif cfg.init_from:
-        initialise(cfg, state.student, state.teacher)
+        initialise(cfg, state["student"], state["teacher"])
     require_equal({f"--output {cfg.output}: the step of checkpoint.pt (is the folder shared?)": start})
     return start
 
 def save(cfg, state, step):
     """Process 0 writes checkpoint.pt and backbone.pt. Returns, on all processes: whether that worked."""
     def write():
-        content = {name: part if name == "centers" else part.state_dict() for name, part in state._asdict().items()}
-        options = {name: value for name, value in vars(cfg).items() if name != "grids"}         # those follow
-        content |= dict(step=step, options=options)
-        backbone = {name: x.cpu() for name, x in state.teacher.backbone.net.state_dict().items()}
+        content = {name: part if name == "centers" else part.state_dict() for name, part in state.items()}
+        content |= dict(step=step, options=vars(cfg))
+        backbone = {name: x.cpu() for name, x in state["teacher"].backbone.net.state_dict().items()}
         write_file(Path(cfg.output, "checkpoint.pt"), content)
         write_file(Path(cfg.output, "backbone.pt"), backbone)
 
@@ -1154,7 +1142,7 @@ def center_crops(images, size, indices):
         try:
             image = images.read(i)
         except Exception as error:          # decoders raise all kinds of errors for broken files
-            return f"--data: {images.name(i)} cannot be read: {one_line(error)}"
+            return f"--data: {images.path(i)} cannot be read: {one_line(error)}"
         image = TF.resize(image, [round(size * 256 / 224)], TF.InterpolationMode.BICUBIC, antialias=True)
         crops.append(TF.center_crop(image, [size, size]))
     return torch.stack(crops)
@@ -1162,8 +1150,8 @@ def center_crops(images, size, indices):
 @torch.no_grad()
 def extract(network, images, size, cfg, device, rank, world):
     """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, S, S) -> (M, C)."""
-    rows_each = math.ceil(len(images) / world)
-    mine = [(rank + world * i) % len(images) for i in range(rows_each)]         # the last may be a repeat
+    share = math.ceil(len(images) / world)
+    mine = [i % len(images) for i in range(rank * share, (rank + 1) * share)]   # as many in all processes
     loader = torch.utils.data.DataLoader(mine, cfg.batch_size, num_workers=cfg.workers,
                                          worker_init_fn=leave_process_group,
                                          collate_fn=functools.partial(center_crops, images, size))
@@ -1177,7 +1165,7 @@ def extract(network, images, size, cfg, device, rank, world):
     if world > 1:
         parts = [torch.empty_like(rows) for _ in range(world)]
         dist.all_gather(parts, rows)
-        rows = torch.stack(parts, 1).flatten(0, 1)[:len(images)]
+        rows = torch.cat(parts)[:len(images)]
     if not rows.isfinite().all():
         raise BadInput("the features are not finite: the weights are damaged, or training failed")
     return rows
@@ -1246,14 +1234,16 @@ def say(message, file=None, everywhere=False):
 @torch.no_grad()
 def diagnose(teacher, center, boxes, teacher_temp, cfg):
     """Measures of the last batch of this process that tell a healthy run from a collapsed one."""
-    log_p = F.log_softmax((teacher.image_z @ teacher.image_weight.T - center) / teacher_temp, dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
-    spread = 1 - teacher.image_z.mean((0, 1, 2)).square().sum().item()          # variance of z; 0 if all are the same
-    matched = float(cfg.matching == "similarity")           # the mean weight, of each global view in the other
-    if cfg.matching == "geometric":
+    logits = (teacher.image_z @ teacher.image_weight.T - center) / teacher_temp
+    weight = torch.ones(1)
+    if cfg.matching == "geometric":                         # of the patches of each global view in the other one
         weight = geometric_matches(boxes[:2], boxes[:2].flip(0), cfg.grids[0], cfg.grids[0], cfg.hinge)[1]
-        matched = weight.mean().item()
-    return dict(matched=matched, entropy=entropy, center_norm=center.norm().item(), spread=spread)
+    measures = dict(
+        matched=weight.mean(),
+        entropy=torch.distributions.Categorical(logits=logits).entropy().mean(),
+        center_norm=center.norm(),
+        spread=1 - teacher.image_z.mean((0, 1, 2)).square().sum())      # the variance of z; 0 if all are the same
+    return {name: value.item() for name, value in measures.items()}
 
 def looks_collapsed(record, cfg):
     """At the start, all outputs may be alike; later, they must neither be uniform, nor sure, nor all the same."""
@@ -1261,7 +1251,7 @@ def looks_collapsed(record, cfg):
     return record["epoch"] >= cfg.warmup_epochs and not (0.01 <= share <= 0.99 and record["spread"] > 1e-3)
 
 class Log:
-    """log.jsonl, with one record per epoch, and the sums over the epoch so far. Process 0 writes and prints.
+    """log.jsonl, with one record per epoch, and sums over the epoch so far. Process 0 writes and prints.
 
     It holds a lock on the file while it lives, so that no other run writes to the folder. (Not `flock`: a DataLoader
     worker would inherit it, and hold it for some seconds after its run was killed.)
@@ -1282,9 +1272,10 @@ class Log:
         self.file = open(Path(self.cfg.output, "log.jsonl"), "ab+", buffering=0)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):             # else the file system has no locks
-                raise BadInput("another run writes to it") from None
+        except BlockingIOError:
+            raise BadInput("another run writes to it") from None
+        except OSError:
+            pass                                            # a file system without locks
 
     def drop_after(self, step):
         """Drop the records of steps that are done again, and a line that a kill cut short."""
@@ -1299,9 +1290,7 @@ class Log:
     def add(self, values, problems, seconds, waited, images_per_epoch):
         """Count one step: its `StepValues`, its seconds, and how many of them it waited for the DataLoader. Name each
         image that could not be read once. Raises BadInput if they are more than 1 % of an epoch."""
-        grad_norm = values.grad_norm if math.isfinite(values.grad_norm) else 0.0        # float16 overflowed
-        self.sums.update(steps=1, seconds=seconds, waiting=waited, unreadable=values.unreadable, grad_norm=grad_norm,
-                         loss_image=values.image_loss, loss_patch=values.patch_loss)
+        self.sums.update(values._asdict(), steps=1, seconds=seconds, waiting=waited)
         for problem in set(problems) - self.named:
             say(f"cannot be read, replaced by another image: {problem}", everywhere=True)
         self.named.update(problems)
@@ -1311,16 +1300,23 @@ class Log:
     def report(self, record, steps_left, ended):
         """Add the means over the epoch so far to a record, and print it. If epoch or run has ended: write it, too."""
         self.reported = time.perf_counter()
-        mean = {name: total / self.sums["steps"] for name, total in self.sums.items()}
-        record |= {name: mean[name] for name in ("loss_image", "loss_patch", "grad_norm")}
-        record |= dict(unreadable=round(self.sums["unreadable"]), images_per_second=self.cfg.batch_size / mean["seconds"],
-                       waiting=mean["waiting"] / mean["seconds"], gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
-        patch = " patch {loss_patch:.3f} matched {matched:.0%}" if self.cfg.matching != "none" else ""
-        knn = "20-NN {knn:.1f} %, " if record.get("knn") is not None else ""
-        gpu = ", GPU {gpu_gib:.1f} GiB" if self.cfg.device == "cuda" else ""
-        line = ("epoch {epoch} step {step} | loss image {loss_image:.3f}" + patch + " entropy {entropy:.2f} lr {lr:.1e} | "
-                + knn + "{images_per_second:.0f} images/s, {waiting:.0%} waiting for data" + gpu + ", {left} left")
-        say(line.format(**record, left=timedelta(seconds=int(steps_left * mean["seconds"]))))
+        steps, seconds = self.sums["steps"], self.sums["seconds"]
+        record |= {name: self.sums[name] / steps for name in ("loss_image", "loss_patch", "grad_norm")}
+        record |= dict(
+            images_per_second=steps * self.cfg.batch_size / seconds,
+            waiting=self.sums["waiting"] / seconds,
+            unreadable=round(self.sums["unreadable"]),
+            gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+        line = f"epoch {record['epoch']} step {record['step']} | loss image {record['loss_image']:.3f} "
+        if self.cfg.matching != "none":
+            line += f"patch {record['loss_patch']:.3f} matched {record['matched']:.0%} "
+        line += f"entropy {record['entropy']:.2f} lr {record['lr']:.1e} | "
+        if record.get("knn") is not None:
+            line += f"20-NN {record['knn']:.1f} %, "
+        line += f"{record['images_per_second']:.0f} images/s, {record['waiting']:.0%} waiting for data, "
+        if self.cfg.device == "cuda":
+            line += f"GPU {record['gpu_gib']:.1f} GiB, "
+        say(line + f"{timedelta(seconds=int(steps_left * seconds / steps))} left")
         if not ended:
             return
         if looks_collapsed(record, self.cfg):
@@ -1419,29 +1415,24 @@ def prepare(cfg, student, teacher, world):
 
 class StepValues(NamedTuple):
     """What all processes know of a step: means over them and, of the last two, sums."""
-    image_loss: float
-    patch_loss: float
+    loss_image: float
+    loss_patch: float
     grad_norm: float
     center_sum: float                   # of the mean logits of the teacher: NaN if one of them is
     unreadable: float                   # images that could not be read
     stop: float                         # signals that ask to stop
 
-def share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests):
+def share_values(loss_image, loss_patch, grad_norm, batch_center, problems, stop_requests):
     """The numbers of `StepValues` as a tensor. This does not wait for the GPU; its tolist() does."""
-    counts = torch.tensor([len(problems), len(stop_requests)]) * float(process_numbers()[1])
-    numbers = torch.stack([image_loss.detach(), patch_loss.detach(), grad_norm, batch_center.sum()])
-    return all_mean(torch.cat([numbers, counts.to(numbers.device, non_blocking=True)]))
+    counts = [grad_norm.new_full((), len(x) * process_numbers()[1]) for x in (problems, stop_requests)]
+    return all_mean(torch.stack([loss_image.detach(), loss_patch.detach(), grad_norm, batch_center.sum(), *counts]))
 
-def diverged(values, overflows, step, lr):
-    """True, after a line that says why, if a loss, the teacher's output or a gradient is NaN or infinite. In float16,
-    gradients may overflow, but not in more than MAX_OVERFLOWS steps in a row."""
-    numbers = [values.image_loss, values.patch_loss, values.center_sum]
-    if not 0 < overflows <= MAX_OVERFLOWS:
-        numbers.append(values.grad_norm)
-    if all(map(math.isfinite, numbers)):
+def diverged(values, step, lr):
+    """True, after a line that says why, if a loss, the teacher's output or a gradient is NaN or infinite."""
+    if all(map(math.isfinite, values)):
         return False
-    say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values.image_loss:.3g}, patch loss "
-        f"{values.patch_loss:.3g}, teacher {values.center_sum:.3g}, gradient {values.grad_norm:.3g}; the last "
+    say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values.loss_image:.3g}, patch loss "
+        f"{values.loss_patch:.3g}, teacher {values.center_sum:.3g}, gradient {values.grad_norm:.3g}; the last "
         "checkpoint is unchanged; a lower --lr may help", sys.stderr)
     return True
 
