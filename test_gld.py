@@ -1736,7 +1736,7 @@ def test_a_size_is_guessed_or_given_and_features_are_finite(tmp_path):
     torch.save(weights, tmp_path / "plain.pt")
     command = "eval_knn.py --checkpoint plain.pt --data data --k 1 --workers 0"
     guessed, given = (run(f"{command} {option}", tmp_path).stdout for option in ("", "--size 48"))
-    assert "32 px (crop of 37) (size guessed; set it with --size)" in guessed
+    assert "32 px (crop of 37; size guessed, --size sets it)" in guessed
     assert "48 px (crop of 55)" in given and "guessed" not in given
     next(iter(weights.values())).mul_(math.nan)
     torch.save(weights, tmp_path / "plain.pt")
