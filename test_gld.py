@@ -1870,6 +1870,17 @@ def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
 COLUMN, ROW = np.meshgrid(range(200), range(200))
 # An image whose red and green tell where a pixel lies; the blue is full
 PLACES = torch.from_numpy(np.stack([COLUMN, ROW, 0 * ROW + 255]).astype(np.uint8))
+PLACES_30 = gld.Images(PLACES.permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "30 times")
+
+def test_the_evaluation_is_dinos():
+    """Shorter side to 256/224 of the size, the middle of it, ImageNet's statistics; the temperature of the votes."""
+    cfg, seen = eval_knn.parse_arguments(["--workers", "0"]), []
+    gld.extract(lambda x: seen.append(x) or x.mean((2, 3)), PLACES_30, 56, cfg, torch.device("cpu"), 0, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    pixels = 255 * (seen[0][0] * std + mean)
+    middle = ((torch.arange(4, 60) + 0.5) * 200 / 64 - 0.5).expand(56, 56)          # of 64 pixels
+    assert (pixels - torch.stack([middle, middle.T, torch.full((56, 56), 255)])).abs().max() < 1.5
+    assert (cfg.temperature, cfg.weights) == (0.07, "teacher")
 
 class Knows(torch.nn.Module):
     """A backbone whose patch features tell the patch's position in the crop, or the place that its colours encode."""
@@ -1885,8 +1896,7 @@ class Knows(torch.nn.Module):
         return x.mean((2, 3)), position if self.what == "position" else torch.cat([place.cos(), place.sin()], -1)
 
 def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
-    images = gld.Images(PLACES.permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "places")
-    shares = functools.partial(eval_knn.match_shares, images=images, size=64, scale=(0.4, 1), device="cpu")
+    shares = functools.partial(eval_knn.match_shares, images=PLACES_30, size=64, scale=(0.4, 1), device="cpu")
     found = shares(Knows("position"))
     assert found["same position"] == 100 and found["neither"] == 0
     assert 5 < found["correspondence accuracy"] == found["both"] == found["geometry: same position"] < 60
