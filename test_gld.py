@@ -1331,7 +1331,7 @@ def full_disk():
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
     """SIGKILL to the process, not to its worker, at two random moments. 15 steps are an epoch."""
-    command = f"gld.py {QUICK} --batch-size 16 --epochs 4"
+    command = f"gld.py {QUICK} --batch-size 16 --epochs 3"
     assert run(f"{command} --output whole", tmp_path).returncode == 0
     path = tmp_path / "parts/checkpoint.pt"
     moments = np.random.default_rng(int(time.time()))
@@ -1347,7 +1347,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert {file.name for file in path.parent.iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
     for name in ("whole", "parts"):
-        assert [row["step"] for row in log_of(tmp_path / name)] == [15, 30, 45, 60]         # no line twice
+        assert [row["step"] for row in log_of(tmp_path / name)] == [15, 30, 45]             # no line twice
 
 @pytest.mark.parametrize("processes,number", [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)])
 def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, processes, number):
@@ -1541,7 +1541,7 @@ REFUSED |= {
     f"--data {__file__} --preset small": "unpack archives first",
     "--data . --preset small": "no images",
     "--init-from nowhere.pt": "nowhere.pt",
-    f"--data {PICTURES}": "--preset small",
+    f"--data {PICTURES}": "--preset small trains here",
     f"--data {PICTURES} {SMALL_PAPER}": "--preset small"}       # 2 images, and batches of 256
 
 @pytest.mark.parametrize("options", REFUSED)
@@ -1703,7 +1703,7 @@ def test_differences_pair_equal_seeds_and_settings():
 
 def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
     for folder, n in {"train/a": 10, "train/b": 10, "val/a": 10, "val/b": 11}.items():      # 21 do not come out even
-        save_pictures(tmp_path / "data" / folder, n)
+        save_pictures(tmp_path / "data" / folder, n, (40, 44 if "b" in folder else 40))      # no two are the same
     files = []
     for matching, seed in itertools.product(("geometric", "none"), (0, 1)):
         train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {matching} --seed {seed} "
