@@ -13,20 +13,22 @@ to predict the teacher's output for another view of the same image. The image lo
 DINO. The patch loss, which GLSD adds, does it for patches: from a patch of its view, the student learns to predict the
 teacher's output for the matching patch of the other view. Which patch matches? `--matching` says it:
 
-    geometric     the patch that shows the same place of the image
-    similarity    the patch with the most similar features (EsViT)
+    geometric     the patch that shows the same place of the image: the method of the paper, and the default
+    similarity    the patch with the most similar features, as in EsViT
     none          there is no patch loss, and the method is DINO
 
 Letters in shapes:
 
     B    images of one step in one process           C    width of the backbone's features
     V    student views, the 2 global ones first      D    width of z, the input of a head's last layer
-    Q    teacher views: the 2 global ones            K    outputs of a head ("prototypes")
+    Q    teacher views: the 2 global ones            K    outputs of a head, called prototypes: classes, but learned
     G    views of one size: 2 global or L local      N    patches of a view, row by row: rows * cols
     M    crops of one size: G * B                    S    side of a view, pixels
     box  where a view was cropped: (top, left, height, width, flip), pixels of the original image; flip is 0 or 1
 
-Hyperparameters: the default of --preset small (it trains on a laptop), and of --preset paper. `--help` shows all.
+Hyperparameters: the defaults of --preset small, which trains on a laptop, and of --preset paper. Built-in datasets take
+small, a folder takes paper, unless --preset is given. --batch-size counts the images of one step in all processes
+together; --lr is for 256 of them, and is scaled to the batch size. `--help` shows all options.
 
     --arch                conv_tiny    swin_t
     --global-size         32           224
@@ -40,7 +42,7 @@ Hyperparameters: the default of --preset small (it trains on a laptop), and of -
     --teacher-temp        0.04         0.07
 
 Part I is the paper. Read it from top to bottom. Part II is what it calls: options, augmentation, backbones, images,
-checkpoints, k-NN evaluation, log, processes and errors.
+checkpoints, k-NN evaluation, log, processes and errors. matching_kernels.py computes the loss fast.
 """
 import argparse
 import contextlib
@@ -68,9 +70,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
-from PIL.Image import Transpose
-from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.swin_transformer import (ShiftedWindowAttention, SwinTransformerBlock,
+                                                 shifted_window_attention)
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
@@ -79,6 +82,7 @@ from matching_kernels import geometric_matches, head_cross_entropy, similarity_m
 
 STUDENT_TEMP = 0.1
 CENTER_MOMENTUM = 0.9
+MAX_OVERFLOWS = 20                      # so many steps in a row may overflow in float16 before the run ends
 
 # ==================================================================================== part I: the paper starts here
 # ------------------------------------------------------------------------------------------------ views and boxes
@@ -102,7 +106,7 @@ def crop_views(image, cfg):
     return [stack_views(views) for views in (global_views, local_views) if views]
 
 def stack_views(views):
-    """A list of single views -> one `Views`."""
+    """A list of single views -> one `Views`, field by field."""
     return Views(*(torch.stack(field) for field in zip(*views)))
 
 def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
@@ -123,19 +127,18 @@ def draw_view(image, size, scale, blur_sigma, blur_p, solarise_p):
 # ------------------------------------------------------------------------------------------------ networks
 
 class Head(nn.Module):
-    """An MLP to unit vectors z, and a last layer without bias. The logits are z @ weight().T.
-
-    forward returns z, not the logits: with K = 65536, the logits of all patches would take gigabytes. The loss is given
-    z and the weight, and makes the logits of a few images at a time.
-    """
+    """An MLP to unit vectors z, and a last layer without bias: the logits are z @ weight().T. forward returns z, since
+    the logits of all patches would take gigabytes (K = 65536). The loss makes those of a few images at a time."""
 
     def __init__(self, width, cfg):
         super().__init__()
-        hidden, bottleneck = cfg.head_hidden, cfg.head_bottleneck
+        hidden = cfg.head_hidden
+        D = cfg.head_bottleneck
+        K = cfg.out_dim
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        self.direction = nn.Parameter(torch.empty(cfg.out_dim, bottleneck).uniform_(-1, 1) / bottleneck ** 0.5)
-        self.gain = nn.Parameter(torch.ones(cfg.out_dim, 1), requires_grad=not cfg.norm_last_layer)
+                                 nn.Linear(hidden, D))
+        self.direction = nn.Parameter(torch.empty(K, D).uniform_(-1, 1) / D ** 0.5)
+        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)
         for layer in self.mlp[::2]:                                             # the linear ones
             nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # official: 0.02, at 2048
             nn.init.zeros_(layer.bias)
@@ -148,10 +151,11 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x).float(), dim=-1)
 
 class Outputs(NamedTuple):
-    """What the loss needs of a network. The number of patches N depends on the size of the views: hence the lists."""
+    """What the loss needs of a network. N depends on the size of the views: hence the lists, of one tensor for each
+    size. (The teacher sees one size only, and Q views in place of V.)"""
     image_z: torch.Tensor           # (V, B, 1, D) of the image head: a whole view counts as one patch
-    patch_z: list                   # for each size of view: (G, B, N, D) of the patch head
-    features: list                  # for each size of view: (G, B, N, C), the backbone's patch features
+    patch_z: list                   # (G, B, N, D) of the patch head
+    features: list                  # (G, B, N, C), the backbone's patch features
     image_weight: torch.Tensor      # (K, D) last layer of the image head
     patch_weight: torch.Tensor      # (K, D) last layer of the patch head, or None
 
@@ -193,8 +197,8 @@ def patch_midpoints(box, grid):
     return torch.stack([y, x], dim=-1).flatten(0, 1)
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
-    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight. The weight is
-    0 if the two are too far apart: at least half the diagonal of a patch, of the larger one. Otherwise it is 1."""
+    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight of 1; but 0 if
+    their distance is half the diagonal of the larger one of the two patches, or more."""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
     diagonals = [torch.hypot(box[2] / rows, box[3] / cols)                                  # of one patch
@@ -204,9 +208,9 @@ def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=
         weight[nearest_distance >= max(diagonals) / 2] = 0
     return match, weight
 
-def patch_loss_definition(student, teacher, center, boxes, grids, teacher_temp, hinge=True):
+def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_temp, hinge=True):
     """The patch loss with geometric matching. student: V logits (B, N, K). teacher: Q logits (B, N, K). center: (K,).
-    boxes: (V, B, 5). grids: V pairs (rows, cols)."""
+    boxes: (V, B, 5). view_grids: V pairs (rows, cols)."""
     # all pairs of a teacher view q and another view v; the first Q views of the student are those of the teacher
     pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
     losses = []
@@ -214,7 +218,7 @@ def patch_loss_definition(student, teacher, center, boxes, grids, teacher_temp, 
         target = F.softmax((teacher[q] - center) / teacher_temp, dim=-1)                    # (B, Nt, K)
         log_p = F.log_softmax(student[v] / STUDENT_TEMP, dim=-1)                            # (B, Ns, K)
         for b in range(len(target)):
-            match, weight = nearest_patches(boxes[v, b], boxes[q, b], grids[v], grids[q], hinge)
+            match, weight = nearest_patches(boxes[v, b], boxes[q, b], view_grids[v], view_grids[q], hinge)
             cross_entropy = -(target[b, match] * log_p[b]).sum(dim=-1)                      # (Ns,)
             losses.append((weight * cross_entropy).mean())          # patches of weight 0 count in this mean
     return sum(losses) / len(losses)
@@ -224,11 +228,11 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
 
     patch_loss is `patch_loss_definition`. With similarity matching, the match of a student patch is instead the teacher
     patch whose backbone features have the largest cosine with its own, and every weight is 1. image_loss is the same
-    for whole views: each counts as one patch, and its weight is 1. loss is the mean of the two; with matching none, it
-    is image_loss.
+    for whole views: each counts as one patch, of weight 1. loss is the mean of both; with matching none, image_loss.
 
-    `head_cross_entropy` computes the same, fast: the sum over all pairs of views of the mean over images and patches.
-    It never holds all logits in memory. (`geometric_matches` is `nearest_patches` in closed form.)
+    `head_cross_entropy` computes the same, fast, but the sum over all pairs of views, not their mean. It is given z and
+    the last layers, and never holds all logits in memory. For geometric matching, it is given the boxes, and finds the
+    matches itself, by a formula in place of all distances. See matching_kernels.py.
 
     The center is a running mean of the teacher's logits. Without it, one prototype could get the highest probability
     for every image. The low teacher temperature prevents the other collapse, a uniform output for every image.
@@ -236,11 +240,12 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     Args:
         student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
         centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
-        boxes: (V, B, 5). grids: for each size of view, (rows, cols) of its patches.
+        boxes: (V, B, 5). grids: a list with (rows, cols) of the patches for each size of view.
         hinge: False: every weight is 1. (The official code calls the cut-off at half a diagonal so.)
         impl: "triton", "torch" or "auto", see matching_kernels.py.
     """
-    Q, V = len(teacher.image_z), len(student.image_z)
+    Q = len(teacher.image_z)
+    V = len(student.image_z)
     n_pairs = Q * (V - 1)
     common = dict(student_temp=STUDENT_TEMP, teacher_temp=teacher_temp, impl=impl, skip_same_view=True)
     image_loss = head_cross_entropy(student.image_z, student.image_weight, teacher.image_z, teacher.image_weight,
@@ -251,8 +256,8 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
         match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:Q], teacher_grid=grids[0],
                         hinge=hinge)
     else:
-        match_by = dict(index=[similarity_matches(features[:, None], teacher.features[0])           # (G, Q, B, N)
-                               for features in student.features])
+        match_by = dict(index=[similarity_matches(x[:, None], teacher.features[0])          # (G, 1, B, ..), (Q, B, ..)
+                               for x in student.features])                                  # -> (G, Q, B, N)
     patch_loss = head_cross_entropy(student.patch_z, student.patch_weight, teacher.patch_z[0], teacher.patch_weight,
                                     centers[1], **match_by, **common) / n_pairs
     return (image_loss + patch_loss) / 2, image_loss, patch_loss
@@ -309,10 +314,10 @@ def make_state(cfg, device):
 def train(cfg):
     """Train a student and its teacher; under torchrun, as one of several processes. Returns: the exit code.
 
-    A run that is stopped and resumed ends with the same bits as one that was not, because every random draw follows
-    from the seed and from what it is drawn for: the order of the images from the epoch, the views of an image from
-    epoch and image, stochastic depth from step and process. So a checkpoint needs no state of a random generator. (On
-    a CPU, with the same number of processes and threads. A GPU's operations may change the last bits.)
+    A resumed run ends with the same bits as one that was never stopped. For that, random draws do not depend on earlier
+    ones: the order of the images is drawn from seed and epoch, the views of an image from seed, epoch and image,
+    stochastic depth from seed, step and process. (On a CPU, with as many processes and threads. On a GPU, the last bits
+    may change.)
     """
     rank, world, device = join_processes(cfg)
     images = load_images(cfg.data, "train", cfg.data_fraction)
@@ -325,7 +330,6 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     state = make_state(cfg, device)
     student, teacher, optimizer, scaler, centers = state.values()
-    last_layers = [p for name, p in student.named_parameters() if name.endswith(("head.direction", "head.gain"))]
     log = Log(cfg)
     start = resume(cfg, state)                              # the first step to do: 0, or that of the checkpoint
     log.drop_after(start)
@@ -363,29 +367,30 @@ def train(cfg):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         if epoch < cfg.freeze_last_layer:
-            for p in last_layers:
-                p.grad = None                               # the optimizer leaves these parameters alone
+            for name, p in student.named_parameters():
+                if name.endswith(("head.direction", "head.gain")):
+                    p.grad = None                           # the optimizer leaves these parameters alone
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients([p.grad for p in student.parameters() if p.grad is not None], cfg.clip_grad)
 
         # 3. average over the processes before anything changes: so a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
-        next_batch, waited = load_batch(batches, device, cfg)       # now, while the GPU computes: tolist() waits for it
-        values = StepValues(*shared.tolist())
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)     # a tensor
+        next_batch, waited = load_batch(batches, device, cfg)       # before tolist(), which waits for the GPU
+        values = StepValues(*shared.tolist())               # both losses, the norm, is the center finite?, two counts
         if scaler.is_enabled() and not math.isfinite(values.grad_norm) and overflows < MAX_OVERFLOWS:
-            overflows += 1                                  # float16: the scaler will skip this step
-            values = values._replace(grad_norm=0.0)
+            overflows += 1
+            values = values._replace(grad_norm=0.0)         # no reason to stop
         else:
             overflows = 0
-        if diverged(values, step, lr):
+        if diverged(values, step, lr):                      # one of them is NaN or infinite: say which
             return 1
 
         # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
-        scaler.step(optimizer)                              # not if a float16 gradient overflowed
+        scaler.step(optimizer)                              # after a float16 overflow, the student alone stays as it is
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # parameters only: batch norm statistics are its own
+        with torch.no_grad():                               # not its batch norm statistics: it keeps its own
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
@@ -658,11 +663,10 @@ class SwinAttention(ShiftedWindowAttention):
         wrapped = torch.arange(window, device=x.device) >= window - shift
         region = (2 * wrapped[:, None] + wrapped).flatten()                                 # 0..3 for each patch
         mask = -100.0 * (region[:, None] != region)                                         # as in the official code
-        q, k, v = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.get_relative_position_bias() + mask                                     # (1, heads, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2).flatten(2)
-        x = self.proj(x).unflatten(1, (window, window)).roll((shift, shift), (1, 2))
-        return x[:, :rows, :cols]
+        x = shifted_window_attention(x, self.qkv.weight, self.proj.weight, self.get_relative_position_bias() + mask,
+                                     self.window_size, self.num_heads, shift_size=[0, 0], qkv_bias=self.qkv.bias,
+                                     proj_bias=self.proj.bias)
+        return x.roll((shift, shift), (1, 2))[:, :rows, :cols]
 
 class Backbone(nn.Module):
     """torchvision's `arch` without its classifier (conv_tiny: five convolutions). forward: x (M, 3, S, S) -> image
@@ -746,22 +750,19 @@ class Backbone(nn.Module):
 SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .ppm .pgm .tif .tiff".split()
 IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix in Image.registered_extensions())
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}      # of EXIF's orientation
-
 def decode(path):
     """An image file -> (3, height, width) uint8 RGB, turned as its EXIF says. 16-bit pixels are divided by 257. Raises
     OSError and others."""
     with Image.open(path) as image:
         if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("float or 32-bit pixels, whose range is not known")
-        turn = None
+        image.load()
         with contextlib.suppress(Exception):                # odd metadata over good pixels
-            turn = TURNS.get(image.getexif().get(0x0112))
-        if turn is not None:
-            image = image.transpose(turn)
+            image.getexif()                                 # is kept, also without `info`,
+            image.info = {}                                 # which exif_transpose would write anew
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                      # 16 bits: convert("RGB") would clip, not scale
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 @dataclass
@@ -794,7 +795,7 @@ def load_images(data, split, fraction=1.0, must_split=False):
         n, seed = (2400, 0) if split == "train" else (1200, 1)
         images = Images(*draw_shapes(n, seed), data)
     elif data == "cifar10":
-        with blame("--data cifar10: not in ./data, and the download failed"), contextlib.redirect_stdout(sys.stderr):
+        with blame("--data cifar10: not in ./data, and the download failed"):
             os.makedirs("data", exist_ok=True)
             with open("data/.lock", "w") as lock:           # the first process downloads, the others wait
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -816,7 +817,7 @@ def files_below(folder, ancestors=()):
     if here in ancestors:
         return
     for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+        if entry.name[0] == ".":
             continue
         if os.path.isdir(entry.path):
             yield from files_below(entry.path, (*ancestors, here))
@@ -835,11 +836,10 @@ def load_folder(data, split, must_split):
         raise BadInput(f"--data {data}: {problem}, and not {' or '.join(BUILT_IN_SETS)}")
     with blame(f"--data {data}"):
         if (root / split).is_dir():
-            for folder in root.iterdir():
-                if split == "val" or (root / "val").is_dir() or folder.name.lower() in SPLITS:
-                    continue
-                if folder.is_dir() and any(map(is_image, files_below(folder))):
-                    raise BadInput(f"is train/ a class, as {folder.name}/ is? Rename it, or give {root / split}")
+            others = [other for other in root.iterdir() if other.is_dir() and other.name.lower() not in SPLITS]
+            with_images = [other.name for other in others if any(map(is_image, files_below(other)))]
+            if with_images and split == "train" and not (root / "val").is_dir():
+                raise BadInput(f"is train/ a class, as {with_images[0]}/ is? Rename it, or give {root / split}")
             root = root / split
         elif must_split:
             raise BadInput(f"must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
@@ -898,7 +898,7 @@ def draw_shapes(n, seed, size=48):
         image[:] = (pixels + rng.normal(0, 12, image.shape)).clip(0, 255)
     return images, labels
 
-class ViewDataset(torch.utils.data.Dataset):
+class ViewDataset(Dataset):
     """(epoch, i) -> `crop_views` of image i, and "". If image i cannot be read: those of another image, and the reason.
     The result is a function of seed, epoch and i only, not of the process or of what was drawn before."""
 
@@ -934,7 +934,7 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
             first = position * cfg.batch_size + rank * share
             yield [(epoch, i) for i in order[first:first + share].tolist()]
 
-    return torch.utils.data.DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
+    return DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
                                        pin_memory=cfg.device == "cuda", worker_init_fn=leave_process_group)
 
 def load_batch(batches, device, cfg):
@@ -1010,9 +1010,9 @@ VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_emb
 def plain_keys(state):
     """Keys of torchvision's network without heads, from those of gld.py and of other people's checkpoints. Raises
     BadInput for networks that are like ours, but others."""
-    state = {re.sub(r"^(module\.|backbone\.|net\.)+", "", key.replace("_orig_mod.", "")): value
-             for key, value in state.items() if not key.endswith(("attn_mask", "mask_token"))}
-    if "cls_token" in state and "pos_embed" not in state:
+    state = {re.sub(r"^(module\.|backbone\.|net\.|_orig_mod\.)+", "", key): x for key, x in state.items()}
+    is_vit = "cls_token" in state
+    if is_vit and "pos_embed" not in state:
         raise BadInput("a ViT without position embedding (DINOv3?) is no --arch of gld.py")
     for part, what in (("register_tokens", "register tokens"), (".w12.", "SwiGLU layers")):
         if any(part in key for key in state):
@@ -1023,16 +1023,17 @@ def plain_keys(state):
         gamma = state.pop(key)                                                  # (C,)
         state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
         state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
-    renames = VIT_KEYS if "cls_token" in state else SWIN_KEYS
     out = {}
     for key, value in state.items():
-        for theirs, ours in renames.items():
+        for theirs, ours in (VIT_KEYS if is_vit else SWIN_KEYS).items():
             key = key.replace(theirs, ours)
         # an official Swin counts blocks and downsampling of a stage as one; torchvision's `features` counts each
         key = re.sub(r"^layers\.(\d+)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}", key)
         key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"features.{2 * int(m[1]) + 2}", key)
-        if not re.match(r"\w*head|fc\.", key):
-            out[key] = value.flatten() if key.endswith("relative_position_index") else value
+        if key.endswith("relative_position_index"):
+            value = value.flatten()
+        if not re.match(r"\w*head|fc\.|mask_token|.*attn_mask", key):
+            out[key] = value
     return out
 
 def guess_arch(state):
@@ -1152,7 +1153,7 @@ def extract(network, images, size, cfg, device, rank, world):
     """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, S, S) -> (M, C)."""
     share = math.ceil(len(images) / world)
     mine = [i % len(images) for i in range(rank * share, (rank + 1) * share)]   # as many in all processes
-    loader = torch.utils.data.DataLoader(mine, cfg.batch_size, num_workers=cfg.workers,
+    loader = DataLoader(mine, cfg.batch_size, num_workers=cfg.workers,
                                          worker_init_fn=leave_process_group,
                                          collate_fn=functools.partial(center_crops, images, size))
     rows = []
@@ -1204,18 +1205,17 @@ def labelled(data, fraction):
     return train, replace(val, labels=number_in_train[val.labels])
 
 def top1_of_20nn(backbone, parts, cfg, device, rank, world):
-    """20-NN top-1 accuracy in percent, while training, of `labelled` images; None on all processes but the first."""
+    """20-NN top-1 accuracy in percent, while training, of `labelled` images."""
     if world > 1:
         for buffer in backbone.buffers():   # batch norm statistics differ on CPUs: evaluate those that are saved
             dist.broadcast(buffer, src=0)
+    vectors = []
     backbone.eval()
-    train, val = (extract(lambda x: backbone(x)[0], images, cfg.global_size, cfg, device, rank, world)
-                  for images in parts)
+    for images in parts:
+        vectors.append(extract(lambda x: backbone(x)[0], images, cfg.global_size, cfg, device, rank, world))
+        vectors.append(torch.as_tensor(images.labels, device=device))
     backbone.train()
-    if rank != 0:
-        return None
-    train_labels, val_labels = (torch.as_tensor(images.labels, device=device) for images in parts)
-    return knn(train, train_labels, val, val_labels, [20], 0.07)[20][0]
+    return knn(*vectors, [20], 0.07)[20][0]
 
 # ------------------------------------------------------------------------------------------------ log
 
@@ -1247,8 +1247,9 @@ def diagnose(teacher, center, boxes, teacher_temp, cfg):
 
 def looks_collapsed(record, cfg):
     """At the start, all outputs may be alike; later, they must neither be uniform, nor sure, nor all the same."""
-    share = record["entropy"] / math.log(cfg.out_dim)       # of the largest possible
-    return record["epoch"] >= cfg.warmup_epochs and not (0.01 <= share <= 0.99 and record["spread"] > 1e-3)
+    highest = math.log(cfg.out_dim)
+    healthy = 0.01 * highest <= record["entropy"] <= 0.99 * highest and record["spread"] > 1e-3
+    return record["epoch"] >= cfg.warmup_epochs and not healthy
 
 class Log:
     """log.jsonl, with one record per epoch, and sums over the epoch so far. Process 0 writes and prints.
@@ -1311,7 +1312,7 @@ class Log:
         if self.cfg.matching != "none":
             line += f"patch {record['loss_patch']:.3f} matched {record['matched']:.0%} "
         line += f"entropy {record['entropy']:.2f} lr {record['lr']:.1e} | "
-        if record.get("knn") is not None:
+        if "knn" in record:
             line += f"20-NN {record['knn']:.1f} %, "
         line += f"{record['images_per_second']:.0f} images/s, {record['waiting']:.0%} waiting for data, "
         if self.cfg.device == "cuda":
@@ -1329,7 +1330,6 @@ class Log:
 # ------------------------------------------------------------------------------------------------ processes
 
 STOPPED = 75                            # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL)
-MAX_OVERFLOWS = 20                      # so many steps in a row may overflow in float16 before the run ends
 
 def process_numbers():
     """Rank, number of processes, rank on this node: as torchrun or Slurm's script sets them, else 0, 1, 0."""
@@ -1438,13 +1438,12 @@ def diverged(values, step, lr):
 
 def catch_signals(world):
     """From now on, SIGTERM, SIGHUP and Ctrl-C ask for a stop after the current step. Returns: a list, empty until one
-    comes. The next one ends the program at once, but not under torchrun, which passes each Ctrl-C on a second time."""
+    comes. The next Ctrl-C ends the program at once, but not under torchrun, which passes each one on a second time."""
     received = []
 
     def request(number, frame):
         received.append(number)
         if world == 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             with contextlib.suppress(OSError):              # print is not safe in a signal handler
                 os.write(2, b"stopping after this step; Ctrl-C again quits now\n")
