@@ -1564,188 +1564,300 @@ def test_training_and_evaluation_run_on_a_gpu(tmp_path, add):
 
 # ------------------------------------------------------------------------------------------------ faults
 
+def assert_refused(done, *words):
+    """A run ended with exit code 2 and one line, which holds these words."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow past 50 kB, as if the disk were full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
-    """SIGKILL to the process (its workers notice by themselves) at two random moments. 15 steps are an epoch."""
-    options = f"gld.py {QUICK} --batch-size 16 --epochs 4"
-    assert run(f"{options} --output whole", tmp_path).returncode == 0
-    path, moments = tmp_path / "parts/checkpoint.pt", np.random.default_rng(int(time.time()))
+    """SIGKILL to the process, not to its worker, at two random moments. 15 steps are an epoch."""
+    command = f"gld.py {QUICK} --batch-size 16 --epochs 3"
+    assert run(f"{command} --output whole", tmp_path).returncode == 0
+    path = tmp_path / "parts/checkpoint.pt"
+    moments = np.random.default_rng(int(time.time()))
     for words, workers in (("step 1 ", 1), ("from step", 0)):
-        process = launch(f"{options} --workers {workers} --output parts", tmp_path)
+        process = launch(f"{command} --workers {workers} --output parts", tmp_path)
         wait_for(process, words)
         time.sleep(moments.uniform(0, 1))
         process.kill()
-        process.communicate()
-        assert not path.exists() or torch.load(path, weights_only=True)["step"] % 15 == 0
+        process.wait()                  # the worker may live on for some seconds: the next run starts all the same
+        process.stdout.close()
         path.with_suffix(".tmp").write_bytes(b"half of a checkpoint")           # as if killed while it wrote
-    assert run(f"{options} --output parts", tmp_path).returncode == 0
+    assert run(f"{command} --output parts", tmp_path).returncode == 0
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert {"backbone.pt", "checkpoint.pt", "log.jsonl"} == {x.name for x in path.parent.iterdir()}
-    steps = [[row["step"] for row in log_of(tmp_path / name)] for name in ("whole", "parts")]
-    assert steps[0] == steps[1] == list(range(15, 61, 15))                      # no line twice
+    assert {file.name for file in path.parent.iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
+    for name in ("whole", "parts"):
+        assert [row["step"] for row in log_of(tmp_path / name)] == [15, 30, 45]             # no line twice
 
-@pytest.mark.parametrize("starter,number", [("one process", signal.SIGTERM), ("one process", signal.SIGINT),
-                                            ("torchrun", signal.SIGINT), ("Slurm", signal.SIGTERM)])
-def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, starter, number):
-    """To whole process groups: DataLoader workers must not die of it. Several processes stop at one step."""
+@pytest.mark.parametrize("processes,number", [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)])
+def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, processes, number):
+    """Ctrl-C, a closed terminal, the end of a Slurm job: to whole process groups. Several processes stop at one step.
+    Workers hold the pipe that is read here, so they are gone at its end."""
     command = f"gld.py {QUICK} --workers 1 --epochs 50"
-    if starter == "Slurm":
-        started = [launch(command, tmp_path, env=os.environ | variables) for variables in variables_of_ranks(2)]
-    else:
-        started = [launch(command, tmp_path, processes=2 if starter == "torchrun" else 1)]
+    variables = variables_of_ranks(2) if processes == 2 else [{}]
+    started = [launch(command, tmp_path, env=os.environ | added) for added in variables]
     wait_for(started[0], "step 1 ")
-    below = [pid for process in started for child in children(process.pid) for pid in (child, *children(child))]
     for process in started:
         os.killpg(process.pid, number)
     said = started[0].communicate(timeout=60)[0]
-    codes = [process.wait(60) for process in started]
-    assert all(codes)
-    if starter != "torchrun":
-        assert set(codes) == {gld.STOPPED} == {75} and "Traceback" not in said, said
-        assert said.count("stopping after this step; Ctrl-C again quits now") == (starter == "one process")
+    assert {process.wait(60) for process in started} == {gld.STOPPED} == {75}
     step = checkpoint(tmp_path / "output")["step"]
-    assert said.count(f"stopped on request: saved at step {step}; rerun the same command") == 1 and 1 <= step < 1500
-    assert len(below) >= len(started) and not any(Path(f"/proc/{pid}").exists() for pid in below)
+    assert 1 <= step < 1500 and "Traceback" not in said
+    assert said.count(f"stopped on request: saved at step {step}; rerun the same command") == 1
+    assert said.count("stopping after this step; Ctrl-C again quits now") == (processes == 1)
     assert f"from step {step}" in train_ok(f"--epochs 50 --max-steps {step + 1}", tmp_path).stdout
 
-def test_a_second_ctrl_c_quits(tmp_path, monkeypatch):
-    monkeypatch.setattr(gld, "distillation_loss", lambda *args, **kwargs: [
-        os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    done = run(f"gld.py {QUICK}", tmp_path)
-    assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
+def test_torchrun_restarts_after_a_death_and_stops_on_ctrl_c(tmp_path):
+    # torchrun's shared store gives new processes the addresses of the dead ones, which they then wait for
+    environment = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    command = f"gld.py {QUICK} --workers 1 --epochs 50"
+    process = launch(command, tmp_path, processes=2, restarts=1, env=environment)
+    wait_for(process, "epoch 1 step 60")
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    wait_for(process, "from step")
+    wait_for(process, "| loss")
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    step = checkpoint(tmp_path / "output")["step"]
+    assert said.count(f"stopped on request: saved at step {step}; rerun the same command") == 1, said
+    assert step > 30 and process.returncode != 0
+
+@pytest.mark.parametrize("numbers,handler,code", [
+    ([signal.SIGINT, signal.SIGINT], signal.default_int_handler, 130),
+    ([signal.SIGHUP], signal.SIG_IGN, 0)], ids=["Ctrl-C twice", "a terminal closed under nohup"])
+def test_a_second_ctrl_c_quits_and_what_is_ignored_stays_so(tmp_path, monkeypatch, numbers, handler, code):
+    """Signals that come in the middle of each step."""
+    def loss_and_signals(*args, loss=gld.distillation_loss, **kwargs):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(gld, "distillation_loss", loss_and_signals)
+    before = signal.signal(numbers[0], handler)
+    done = run(f"gld.py {QUICK} --max-steps 2", tmp_path)
+    signal.signal(numbers[0], before)
+    assert done.returncode == code, done.stderr
+    assert ("interrupted" in done.stderr) == (code == 130)
 
 @pytest.mark.parametrize("where", ["patch loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkeypatch, where):
-    """The loss, or a gradient, of one process of two at its third step. Nothing may have moved since the second."""
-    networks, seen, before = [], [], []
-    monkeypatch.setattr(gld, "Network", lambda *args, make=gld.Network: networks.append(make(*args)) or networks[-1])
-    values = lambda: [seen[0], *networks[0].parameters(), *networks[1].parameters()]        # seen: the centres
+    """The loss, or a gradient, at the third step: of one process of two, or of the only one, whose state is seen."""
+    networks, steps = [], []
 
-    def poisoned(student, teacher, centers, *args, f=gld.distillation_loss, **kwargs):
-        loss, image_loss, patch_loss = f(student, teacher, centers, *args, **kwargs)
-        seen.append(centers)
-        if len(seen) == 3:
-            before.extend(x.clone() for x in values())
-            factor = math.nan if os.environ["RANK"] == "1" else 1
-            if where == "gradient":
-                student.image_z.register_hook(lambda grad: grad * factor)
-            else:
-                patch_loss = patch_loss * factor
-        return loss, image_loss, patch_loss
-    def main(argv, f=gld.main):
-        return f(argv), len(seen), all(map(torch.equal, values(), before))
+    def make_network(*args, make=gld.Network):
+        networks.append(make(*args))
+        return networks[-1]
 
+    def poisoned(student, teacher, centers, *args, loss=gld.distillation_loss, **kwargs):
+        total, image_loss, patch_loss = loss(student, teacher, centers, *args, **kwargs)
+        state = [centers, *networks[0].parameters(), *networks[1].parameters()]
+        steps.append((state, [x.clone() for x in state]))
+        factor = math.nan if len(steps) == 3 and os.environ.get("RANK") != "0" else 1
+        if where == "gradient":
+            student.image_z.register_hook(lambda grad: grad * factor)
+        else:
+            patch_loss = patch_loss * factor
+        return total, image_loss, patch_loss
+
+    monkeypatch.setattr(gld, "Network", make_network)
     monkeypatch.setattr(gld, "distillation_loss", poisoned)
-    monkeypatch.setattr(gld, "main", main)
-    done = run(f"gld.py {QUICK}", tmp_path, processes=2)
-    assert done.stderr.count("(1, 3, True)") == 2 and f"{where} nan" in done.stderr, done.stdout + done.stderr
-    assert "stopped at step 2, lr 0" in done.stderr and not (tmp_path / "output/checkpoint.pt").exists()
+    assert run(f"gld.py {QUICK}", tmp_path, processes=2).codes == [1, 1]
+    done = run(f"gld.py {QUICK}", tmp_path)
+    assert "stopped at step 2, lr 0" in done.stderr and f"{where} nan" in done.stderr
+    assert done.returncode == 1 and not (tmp_path / "output/checkpoint.pt").exists()
+    assert len(steps) == 3 and all(map(torch.equal, *steps[-1]))
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
-    """No file may grow past 50 kB, as if the disk were full there; then the disk has room again."""
-    train_ok("--epochs 2 --max-steps 30", tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, processes):
+    train_ok("--epochs 2 --max-steps 30", tmp_path, processes)
     before = (tmp_path / "output/checkpoint.pt").read_bytes()
-    full = launch(f"gld.py {QUICK} --epochs 2", tmp_path, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)))
-    said = full.communicate(timeout=120)[0]
-    assert full.returncode == 1 and said.count("cannot write output/ at step 60") == 1, said
-    assert (tmp_path / "output/checkpoint.pt").read_bytes() == before and "epoch 1 step 60" in said
-    assert {path.name for path in (tmp_path / "output").iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
-    assert "from step 30" in train_ok("--epochs 2", tmp_path).stdout
-    no_space = OSError(28, "No space left on device")   # only at first: then the run ends well
-    monkeypatch.setattr(torch, "save", mock.Mock(wraps=torch.save, side_effect=[no_space, *[mock.DEFAULT] * 9]))
-    assert train_ok("--epochs 2 --output again", tmp_path).stderr.count("No space left on device") == 1
-    same_weights(checkpoint(tmp_path / "again"), checkpoint(tmp_path / "output"))
+    with full_disk():
+        done = run(f"gld.py {QUICK} --epochs 2", tmp_path, processes)
+    codes = done.codes if processes > 1 else [done.returncode]
+    assert codes == [1] * processes, done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot write output/" in done.stderr, done.stderr
+    assert (tmp_path / "output/checkpoint.pt").read_bytes() == before
+    names = {file.name for file in (tmp_path / "output").iterdir()}
+    assert names == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
+
+def test_only_one_run_at_a_time_writes_to_an_output(tmp_path):
+    """The second is refused while the first lives, even if it stands still; the first ends well."""
+    command = f"gld.py {QUICK} --epochs 4"
+    first = launch(command, tmp_path)
+    wait_for(first, "step 1 ")
+    first.send_signal(signal.SIGSTOP)
+    alone, two = (run(command, tmp_path, processes) for processes in (1, 2))
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+    assert_refused(alone, "--output output", "another run writes to it")
+    assert_refused(two, "--output output", "another run writes to it")
+    assert two.codes == [2, 2]
+
+def test_printing_never_ends_a_run(tmp_path):
+    """In an encoding that lacks ± and a file's name, into a closed pipe or on a full disk."""
+    for folder in ("train/a", "train/b", "val/a"):
+        save_pictures(tmp_path / "data" / folder, 5)
+    options = f"{QUICK} --preset small --data-fraction 1 --batch-size 10 --data"
+    for seed in (0, 1):
+        train_ok(f"{options} data --seed {seed} --output {seed}", tmp_path)
+    save_pictures(tmp_path / "odd", 9)
+    (tmp_path / os.fsdecode(b"odd/\xff.png")).write_text("no image")
+
+    def start(command, stdout):
+        script, *words = command.split()
+        environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")      # a buffer fails at exit
+        return subprocess.Popen([sys.executable, HERE / script, *words, "--device", "cpu"], cwd=tmp_path,
+                                stdout=stdout, stderr=subprocess.PIPE, env=environment)
+
+    closed = start(f"gld.py {options} odd", subprocess.PIPE)
+    closed.stdout.close()
+    with open("/dev/full", "w") as full:
+        unread = start("eval_knn.py --checkpoint 0/checkpoint.pt 1/checkpoint.pt --k 3 --workers 0", full)
+    for process in (closed, unread):
+        problems = process.stderr.read()
+        assert (process.wait(120), problems) == (0, b"")
 
 def test_a_dead_worker_ends_the_run(tmp_path):
     process = launch(f"gld.py {QUICK} --workers 2 --epochs 50", tmp_path)
     wait_for(process, "step 1 ")
     workers = children(process.pid)
-    os.kill(workers[-1], signal.SIGKILL)
+    os.kill(workers[-1], signal.SIGTERM)        # which workers must not ignore: so they are told to end
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "DataLoader worker" in said, said
-    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert len(workers) == 2
 
-def test_a_dead_rank_ends_the_job_and_torchrun_restarts_it(tmp_path):
-    # torchrun's shared store gives new processes the addresses of the dead ones, which they then wait for
-    environment = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    process = launch(f"gld.py {QUICK} --epochs 4", tmp_path, processes=2, restarts=1, env=environment)
-    wait_for(process, "epoch 1 step 60")
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and re.search("from step (30|60|90)", said), said
-    assert checkpoint(tmp_path / "output")["step"] == 120
-
-def test_a_program_with_a_dataloader_left_over_ends():
-    """Python joins the workers that are left at its exit: they must go when told so."""
-    code = """if True:
-        import gld, signal
-        signal.alarm = lambda seconds, f=signal.alarm: f(2)
-        images = gld.load_images("shapes", "train", 0.1)
-        left = iter(gld.make_loader(images, gld.parse_arguments(["--workers", "1"]), 0, 1, range(50), 7))
-        next(left)"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=60).returncode == 0
+def test_a_program_ends_and_its_workers_with_it(tmp_path):
+    """Those of a loader that is left over, and those of a run that an error in a worker ends."""
+    program = f"""if True:
+        import gld, sys
+        cfg = gld.parse_arguments(["--workers", "1"])
+        left_over = iter(gld.make_loader(gld.load_images("shapes", "train", 0.1), cfg, 0, 1, range(50), 7))
+        next(left_over)
+        gld.crop_views = None
+        sys.exit(gld.main("{QUICK} --workers 2 --device cpu --output {tmp_path}".split()))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr and "object is not callable" in done.stderr
 
 def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypatch):
-    """By a clock that moves on by 1000 s whenever an image is read."""
-    fast = train_ok("--local-views 0 --epochs 9 --max-steps 31", tmp_path)
-    assert re.search(r"step 30 .* 0?0:00:0[0-4] left", fast.stdout)             # one step is left, not 240
-    clock, now = [0], time.perf_counter
+    """By a clock that moves on by 1000 s whenever an image is read: one step of 8 images is left."""
+    seconds, now = [0], time.perf_counter
 
-    def slowly(images, i, f=gld.Images.read):
-        clock[0] += 1000
-        return f(images, i)
-    monkeypatch.setattr(gld.Images, "read", slowly)
-    monkeypatch.setattr(time, "perf_counter", lambda: now() + clock[0])
-    train_ok("--data-fraction 0.02 --local-views 0 --output slow", tmp_path)
-    assert 0 < log_of(tmp_path / "output")[0]["waiting"] < 0.99 < log_of(tmp_path / "slow")[0]["waiting"] <= 1
+    def read_slowly(images, i, read=gld.Images.read):
+        seconds[0] += 1000
+        return read(images, i)
+
+    monkeypatch.setattr(gld.Images, "read", read_slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + seconds[0])
+    said = train_ok("--epochs 2 --max-steps 31", tmp_path).stdout
+    assert re.search(r"step 30 .* (99|100)% waiting .* 2:1\d:\d\d left", said)
+    assert 0.99 < log_of(tmp_path / "output")[0]["waiting"] <= 1
+
+def test_a_run_prints_what_it_has_and_what_to_do_next(tmp_path):
+    for _ in range(2):                  # when it ends, and when it is started again
+        said = train_ok("--matching none --max-steps 1", tmp_path).stdout
+        assert "the weights are in output/; next: python eval_knn.py --checkpoint output/checkpoint.pt" in said
+        assert not re.search("patch|matched|GPU", said)
+    said = train_ok("--max-steps 1 --output geometric", tmp_path).stdout
+    assert "patch" in said and "matched" in said and "GPU" not in said
 
 # ------------------------------------------------------------------------------------------------ bad input
 
+PICTURES = HERE / ".github"
+SMALL_PAPER = "--preset paper --arch conv_tiny --global-size 32 --local-size 16"
 REFUSED = {options: options.split()[0] for options in (    # the line must name the flag
     "--matching nearest|--arch vgg|--lr nan|--lr -1|--lr abc|--teacher-temp 0|--out-dim 1|--warmup-teacher-temp -1|"
     "--max-steps -1|--local-scale 0 0.4|--local-size 0|--data-fraction 0|--data-fraction 1.5|--drop-path 1|--unknown|"
     "--warmup-epochs 5 --epochs 3|--batch-size 5000|--precision fp16|--impl triton|--teacher-momentum 1.1|--workers -1|"
-    f"--output {__file__}|--output {__file__}/below|--output /proc/nowhere|--batch_size 4|--blur-sigma 0 1|"
-    "--eval-every -2|--profile 5").split("|")}
+    f"--output {__file__}|--output {__file__}/below|--output /proc/nowhere|--output /proc/self|--batch_size 4|"
+    "--blur-sigma 0 1|--eval-every -2|--profile 5").split("|")}
 REFUSED |= {
-    "--epochs 0": "must be from 1 to 1e+09, got [0]", "--global-size 33": "multiples of 8", "--device cuda": "CUDA",
+    "--epochs 0": "must be from 1 to 1e+09, got [0]",
+    "--global-size 33": "multiples of 8",
+    "--device cuda": "CUDA",
     "--global-scale 0.9 0.4": "--global-scale must be from 1e-09 to 1, the lower value first, got [0.9, 0.4]",
-    "--data nowhere": "nowhere: not a folder (unpack archives first)", "--init-from nowhere.pt": "nowhere.pt",
-    f"--data {__file__}": "unpack archives first", "--data .": "no images"}
+    "--data nowhere --preset small": "--data nowhere: no such file or folder",
+    f"--data {__file__} --preset small": "unpack archives first",
+    "--data . --preset small": "no images",
+    "--init-from nowhere.pt": "nowhere.pt",
+    f"--data {PICTURES}": "--preset small trains here",
+    f"--data {PICTURES} {SMALL_PAPER}": "--preset small"}       # 2 images, and batches of 256
 
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options):
-    if torch.cuda.is_available() and options in ("--device cuda", "--precision fp16", "--impl triton"):
+    needs_no_gpu = ("--device cuda", "--precision fp16", "--impl triton", f"--data {PICTURES}")
+    if torch.cuda.is_available() and options in needs_no_gpu:
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert gld.main(options.split()) == 2
     out = capsys.readouterr()
-    assert REFUSED[options] in out.err and out.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert REFUSED[options] in out.err and out.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.pt"))
+
+@pytest.mark.parametrize("arch", ["conv_tiny", "swin_t", "vit_tiny --patch-size 14"])
+def test_a_size_that_does_not_fit_is_refused_with_one_that_does(tmp_path, arch):
+    done = run(f"gld.py --arch {arch} --global-size 90 --local-size 50", tmp_path)
+    assert_refused(done, arch.split()[0], "multiples of")
+    sizes = re.search(r"--global-size \d+ --local-size \d+", done.stderr)[0]
+    assert config(*f"--arch {arch} {sizes}".split()).grids
+
+def test_without_world_size_the_other_variables_mean_nothing(tmp_path, monkeypatch):
+    """A shell or a notebook may have them left over."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    assert_refused(run("gld.py --lr nan", tmp_path), "--lr")
+    assert "step 1 " in train_ok("--max-steps 1", tmp_path).stdout
+
+def test_help_tells_names_and_defaults(capsys):
+    for script, words in ((gld, "similarity swin_b bf16 triton cuda cifar10 65536 0.016"),
+                          (eval_knn, "teacher student cuda 0.07 128 200 output/checkpoint.pt")):
+        with pytest.raises(SystemExit, match="0"):
+            script.main(["--help"])
+        said = capsys.readouterr().out
+        assert [word for word in words.split() if word not in said] == []
+        assert "-1.0" not in said and "()" not in said
+
+def test_by_default_there_is_a_worker_per_processor_that_may_be_used(monkeypatch):
+    for usable, workers in ((3, 3), (99, 10)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)))
+        script = {"__name__": "gld_again"}
+        exec((HERE / "gld.py").read_text(), script)
+        assert script["parse_arguments"]([]).workers == workers
 
 def test_the_paper_preset_and_its_defaults(tmp_path):
-    save_pictures(tmp_path / "data", 20)
-    options = "--data data --data-fraction 1 --arch conv_tiny --global-size 32 --local-size 16 --preset paper"
-    done = train_ok(f"{options} --max-steps 1", tmp_path)
-    assert "on a CPU, --preset paper takes minutes" in done.stdout and "20 images of data" in done.stdout
-    small, paper = config(), config("--data", tmp_path / "data")
+    done = train_ok(f"--data {PICTURES} --data-fraction 1 {SMALL_PAPER} --batch-size 2 --max-steps 1", tmp_path)
+    assert "preset paper" in done.stdout and "2 images" in done.stdout
+    small, paper = config(), config("--preset", "paper")
     assert (small.preset, small.batch_size, small.drop_path, small.eval_every) == ("small", 32, 0, 1)
-    assert (paper.preset, paper.batch_size, paper.drop_path, paper.eval_every) == ("paper", 256, 0.1, 0)
-    assert config("--max-steps", 0, "--drop-path", -1, "--eval-every", -1).eval_every == 1      # as documented
+    assert (paper.preset, paper.batch_size, paper.drop_path) == ("paper", 256, 0.1)
+    assert config("--data", "data", "--preset", "small").eval_every == 0
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
     """Images first, then what else differs; nothing is changed."""
     train_ok("--max-steps 1", tmp_path)
     save_pictures(tmp_path / "data", 240)
     before = (tmp_path / "output/checkpoint.pt").read_bytes()
-    for options, words in (("--data data --data-fraction 1", "--data data: not the images"), ("--seed 1", "--seed"),
-                           ("--preset paper --arch conv_tiny --global-size 32 --local-size 16",
-                            "--preset: paper here, but output/checkpoint.pt was made with small"),
-                           ("--matching none", "--matching"), ("--out-dim 128", "--out-dim"), ("--lr 1", "--lr"),
-                           ("--batch-size 4", "--batch-size"), ("--warmup-epochs 1", "--warmup-epochs"),
-                           ("--epochs 2", "another --output or --no-resume, and --init-from output/checkpoint.pt")):
-        done = run(f"gld.py {QUICK} --max-steps 2 {options}", tmp_path)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (options, done.stderr)
+    for options, words in (
+            ("--data data --preset small --data-fraction 1", "--data data: not the images"),
+            (SMALL_PAPER, "--preset: paper here, but output/checkpoint.pt was made with small"),
+            ("--seed 1", "--seed"), ("--matching none", "--matching"), ("--out-dim 128", "--out-dim"),
+            ("--batch-size 4", "--batch-size"),
+            ("--epochs 2", "another --output or --no-resume, and --init-from output/checkpoint.pt")):
+        assert_refused(run(f"gld.py {QUICK} --max-steps 2 {options}", tmp_path), words)
     assert (tmp_path / "output/checkpoint.pt").read_bytes() == before
     for same in ("--max-steps 1", "--max-steps 2 --global-scale 0.4 1.0 --workers 1 --save-every 3"):
         assert "from step 1;" in train_ok(same, tmp_path).stdout                # nothing to do; the same values, given
@@ -1756,48 +1868,74 @@ class Hostile:
     def __reduce__(self):
         return os.system, ("touch harmed",)
 
-def test_a_checkpoint_is_data_not_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("output").mkdir()
-    for name, content in {"output/checkpoint.pt": {"student": Hostile()}, "tensor.pt": torch.zeros(3),
-                          "empty.pt": {"options": {}}, "numbers.pt": {"student": 1, "teacher": 2},
-                          "odd.pt": {"options": dict(arch="os.system", global_size=32, patch_size=8), "teacher": {}},
-                          "cut.pt": {"student": {"weight": torch.zeros(1000)}}}.items():
-        torch.save(content, name)
-    os.truncate("cut.pt", 2000)
-    Path("pickle.pt").write_bytes(pickle.dumps(Hostile()))
-    Path("text.pt").write_text("hello")
-    assert gld.main([]) == 2 and gld.main(["--init-from", "pickle.pt", "--no-resume"]) == 2
-    for name in ("output/checkpoint.pt", "pickle.pt", "text.pt", "tensor.pt", "empty.pt", "odd.pt", "cut.pt"):
-        assert eval_knn.main(["--checkpoint", name]) == 2, name
-    for name in ("tensor.pt", "empty.pt", "numbers.pt", "cut.pt"):
-        assert gld.main(["--init-from", name, "--no-resume", "--output", "other"]) == 2, name
-        shutil.copy(name, "output/checkpoint.pt")
-        assert gld.main([]) == 2, name
-    assert not Path("harmed").exists()
+def vit_keys(width=384, **others):
+    """Some of the weights of a ViT, as DINO and DINOv2 name them."""
+    return {"cls_token": torch.zeros(1, 1, width), "pos_embed": torch.zeros(1, 5, width),
+            "patch_embed.proj.weight": torch.zeros(width, 3, 14, 14), "patch_embed.proj.bias": torch.zeros(width),
+            "norm.weight": torch.zeros(width)} | others
+
+DINOV3 = vit_keys()
+del DINOV3["pos_embed"]
+NOT_LOADED = {  # file: what it holds, what is said
+    "hostile.pt": ({"student": Hostile()}, "holds Python objects (posix.system)"),
+    "module.pt": (torch.nn.Linear(2, 2), "holds Python objects (torch.nn.modules.linear.Linear)"),
+    "cut.pt": ({"student": {"weight": torch.zeros(1000)}}, "damaged, or not a checkpoint"),
+    "text.pt": ("hello", "damaged, or not a checkpoint"),
+    "file.safetensors": ("\2\0\0\0\0\0\0\0{}", "convert it: torch.save(safetensors"),
+    "tensor.pt": (torch.zeros(3), ""),
+    "empty.pt": ({"options": {}}, ""),
+    "numbers.pt": ({"student": 1, "teacher": 2}, "no state dict"),
+    "vit_l.pt": (vit_keys(1024), "width 1024 is no --arch of gld.py"),
+    "registers.pt": (vit_keys(register_tokens=torch.zeros(1, 4, 384)), "regist"),
+    "swiglu.pt": (vit_keys(**{"blocks.0.mlp.w12.weight": torch.zeros(2, 2)}), "SwiGLU"),
+    "dinov3.pt": (DINOV3, "position")}
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_checkpoint_is_data_not_code_and_the_reason_is_told(tmp_path):
+    (tmp_path / "output").mkdir()
+    for name, (content, words) in NOT_LOADED.items():
+        path = tmp_path / name
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            torch.save(content, path)
+        if name == "cut.pt":
+            os.truncate(path, 2000)
+        assert_refused(run(f"eval_knn.py --data shapes --checkpoint {name}", tmp_path), f"--checkpoint {name}: ", words)
+        assert_refused(run(f"gld.py {QUICK} --no-resume --init-from {name}", tmp_path), f"--init-from {name}: ", words)
+        shutil.copy(path, tmp_path / "output/checkpoint.pt")
+        assert_refused(run("gld.py --data-fraction 0.1", tmp_path), "output/checkpoint.pt")
+    Path(tmp_path, "pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    assert_refused(run("eval_knn.py --checkpoint pickle.pt", tmp_path), "pickle.pt")
+    done = run("eval_knn.py --checkpoint output", tmp_path)
+    assert_refused(done, "--checkpoint output: a folder; do you mean output/checkpoint.pt?")
+    assert not (tmp_path / "harmed").exists()
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
+def knn_definition(train, labels, val, truth, k, temperature):
+    """(top-1, top-5) in percent, one query at a time in float64. A class without votes is no answer."""
+    top1 = top5 = 0
+    for similarities, label in zip(val.double() @ train.double().T, truth):
+        similarity, nearest = similarities.topk(min(k, len(train)))
+        weight = ((similarity - similarity[0]) / temperature).exp()             # else, at 1e-3, exp overflows
+        votes = torch.zeros(9, dtype=torch.float64).index_add(0, labels[nearest], weight)
+        ranked = [name for name in votes.argsort(descending=True)[:5] if votes[name] > 0]
+        top1 += label == ranked[0]
+        top5 += label in ranked
+    return 100 * top1 / len(val), 100 * top5 / len(val)
+
 @pytest.mark.parametrize("queries,temperature", [(1, 0.07), (32, 1e-3), (101, 0.07)])
 def test_knn_equals_the_definition_in_float64(queries, temperature, monkeypatch):
-    """Features in float16 whose similarities have no ties in float32, though products in float16 would have many."""
-    monkeypatch.setattr(gld, "KNN_BYTES", 4 * 300 * 7)    # seven queries at a time
+    """All images look alike, so that similarities differ, but by less than a step of float16."""
+    monkeypatch.setattr(gld, "KNN_BYTES", 4 * 300 * 7)          # seven queries at a time
     g = torch.Generator().manual_seed(queries)
-    base = torch.randn(64, generator=g)    # all images look alike: similarities differ by less than a step of float16
+    base = torch.randn(64, generator=g)
     train, val = (F.normalize(base + 0.1 * torch.randn(n, 64, generator=g), dim=1).half() for n in (300, queries))
-    labels, truth = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (queries,), generator=g)
-    exact = val.double() @ train.double().T
-    assert all(len(row.unique()) == 300 for row in exact) and len((val @ train.T)[0].unique()) < 30
+    labels, truth = (torch.randint(0, 9, (n,), generator=g) for n in (300, queries))
     for k, found in gld.knn(train, labels, val, truth, [1, 3, 10, 999], temperature).items():
-        top1 = top5 = 0
-        for similarity, label in zip(exact, truth.tolist()):
-            votes = {}                  # a class without votes is not in the top 5; at 1e-3, exp(similarity) overflows
-            for i in similarity.argsort(descending=True)[:k].tolist():
-                vote = math.exp((similarity[i] - similarity.max()) / temperature)
-                votes[labels[i].item()] = votes.get(labels[i].item(), 0) + vote
-            ranked = sorted(votes, key=votes.get, reverse=True)[:5]
-            top1, top5 = top1 + (ranked[0] == label), top5 + (label in ranked)
-        assert np.allclose(found, (100 * top1 / queries, 100 * top5 / queries), atol=1e-3, rtol=0), k
+        expected = knn_definition(train, labels, val, truth, k, temperature)
+        assert np.allclose(found, expected, atol=1e-3, rtol=0), k
 
 def test_linear_probe_learns_what_is_linear():
     g = torch.Generator().manual_seed(0)
@@ -1806,135 +1944,195 @@ def test_linear_probe_learns_what_is_linear():
     assert 85 < top1 < top5 and top5 > 99
 
 def test_differences_pair_equal_seeds_and_settings():
-    runs = [(dict(matching="none", seed=2, lr=0.2, output="none"), [0, 0])]    # another lr: not to be paired
-    for matching, values in {"geometric": (50, 60, 40), "similarity": (45, 57, 41), "none": (48, 50)}.items():
+    runs = [(dict(matching="none", seed=2, lr=0.2, output="none"), [0, 0])]     # another lr: not to be paired
+    for matching, values in {"geometric": (50, 60, 40), "none": (48, 50)}.items():
         for seed, value in enumerate(values):
             runs.append((dict(matching=matching, seed=seed, lr=0.1, output=matching), [value, value + seed]))
-    assert {label: sorted(rows.tolist()) for label, rows in eval_knn.compare_runs(runs)} == {
-        "geometric": [[40, 42], [50, 50], [60, 61]], "none": [[48, 48], [50, 51]],
-        "similarity": [[41, 43], [45, 45], [57, 58]], "geometric - none": [[2, 2], [10, 10]],
-        "geometric - similarity": [[-1, -1], [3, 3], [5, 5]], "none - similarity": [[-7, -7], [3, 3]]}
+    found = {label: sorted(rows.tolist()) for label, rows in eval_knn.compare_runs(runs)}
+    assert found == {"geometric": [[40, 42], [50, 50], [60, 61]],
+                     "none": [[48, 48], [50, 51]],
+                     "geometric - none": [[2, 2], [10, 10]]}
 
 def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
-    for folder in ("train/a", "train/b", "val/a", "val/b"):
-        save_pictures(tmp_path / "data" / folder, 11 if folder == "val/b" else 10)    # 21 do not come out even
-    runs = [f"{matching}{seed}" for matching in ("geometric", "none") for seed in (0, 1)]
-    for name in runs:
-        train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {name[:-1]} "
-                 f"--seed {name[-1]} --output {name}", tmp_path)
-    files = [f"{name}/checkpoint.pt" for name in runs]
+    for folder, n in {"train/a": 10, "train/b": 10, "val/a": 10, "val/b": 11}.items():      # 21 do not come out even
+        save_pictures(tmp_path / "data" / folder, n, (40, 44 if "b" in folder else 40))      # no two are the same
+    files = []
+    for matching, seed in itertools.product(("geometric", "none"), (0, 1)):
+        train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {matching} --seed {seed} "
+                 f"--output {matching}{seed}", tmp_path)
+        files.append(f"{matching}{seed}/checkpoint.pt")
     command = f"eval_knn.py --checkpoint {' '.join(files)} --k 5 --linear --matches --untrained --batch-size 4"
     found = []
     for processes in (1, 2):
         done = run(f"{command} --workers 0 --json t.json", tmp_path, processes)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((tmp_path / "t.json").read_text()))
-        for method in ("5-NN", "linear"):
-            geometric, none = np.reshape([found[0][file][method][0] for file in files], (2, 2))
-            for label, x in (("geometric", geometric), ("none", none), ("geometric - none", geometric - none)):
-                row = next(line for line in done.stdout.splitlines() if line.startswith(f"{label}, 2 seeds"))
-                assert f"{method} {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})" in row
-    accuracy = "correspondence accuracy"
-    assert f"{accuracy} {found[0]['none0/checkpoint.pt']['matches'][accuracy]:.1f}" in done.stdout
-    assert "matches" in found[0]["untrained"] and "matches" not in found[0]["raw pixels"]
-    assert found[0] == found[1] and (found[0]["train"], found[0]["val"]) == (10, 21)
+    table = found[0]
+    assert table == found[1] and (table["train"], table["val"]) == (10, 21)
+    rows = done.stdout.splitlines()
+    geometric, none = np.reshape([table[file]["linear"][0] for file in files], (2, 2))
+    for label, x in (("geometric", geometric), ("none", none), ("geometric - none", geometric - none)):
+        row = next(row for row in rows if row.startswith(f"{label}, 2 seeds"))
+        assert f"linear {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})" in row
+    assert "correspondence accuracy" in done.stdout
+    assert "matches" in table["untrained"] and "matches" not in table["raw pixels"]
+    assert "conv_tiny" not in next(row for row in rows if row.startswith("raw pixels"))     # they need no network
+    assert "guessed" not in done.stdout
     (tmp_path / "data/val/b/0001.png").write_text("no image")
-    for workers in (0, 1):
-        done = run(f"{command} --workers {workers}", tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "val/b/0001.png cannot be read" in done.stderr
+    assert_refused(run(f"{command} --workers 1", tmp_path), "val/b/0001.png cannot be read")
+
+def test_a_size_is_guessed_or_given_and_features_are_finite(tmp_path):
+    for folder in ("train/a", "train/b", "val/a"):
+        save_pictures(tmp_path / "data" / folder, 2)
+    weights = gld.Backbone("conv_tiny").net.state_dict()
+    torch.save(weights, tmp_path / "plain.pt")
+    command = "eval_knn.py --checkpoint plain.pt --data data --k 1 --workers 0"
+    guessed, given = (run(f"{command} {option}", tmp_path).stdout for option in ("", "--size 48"))
+    assert "32 px (crop of 37; size guessed, --size sets it)" in guessed
+    assert "48 px (crop of 55)" in given and "guessed" not in given
+    next(iter(weights.values())).mul_(math.nan)
+    torch.save(weights, tmp_path / "plain.pt")
+    assert_refused(run(command, tmp_path), "features are not finite")
+    if not torch.cuda.is_available():
+        assert_refused(run(f"{command} --device cuda", tmp_path), "--device cuda")
 
 @pytest.mark.parametrize("train,val,words", [
-    ("a b", ".", "images in val/ itself"), ("a b", "a .", "images in val/ itself"),    # ImageNet as distributed
-    ("a b", "images", "images in val/images/"),    # Tiny-ImageNet as distributed
-    ("a b", "A b", r"val/A/; .*A is not a"), ("a b", "a c d e f", "val/c/, val/d/, val/e/; "),
-    ("a", "a", "needs labels"), ("a b c", "c", "")])
+    ("a b", "a .", "images in val/ itself"), ("a b", "images", "images in val/images/"),    # as distributed
+    ("a b", "A c d e", r"val/A/, val/c/, val/d/; .*A is not a"), ("a", "a", "needs labels"), ("a b c", "c", "")])
 def test_classes_that_train_lacks_are_refused(tmp_path, train, val, words):
-    for folder in [*(f"train/{name}" for name in train.split()), *(f"val/{name}" for name in val.split())]:
-        save_pictures(tmp_path / folder, 2)
+    for split, names in (("train", train), ("val", val)):
+        for name in names.split():
+            save_pictures(tmp_path / split / name, 2)
     with pytest.raises(gld.BadInput, match=words) if words else contextlib.nullcontext():
-        _, labels = gld.labelled(str(tmp_path), 1)
-        assert [y.tolist() for y in labels] == [[0, 0, 1, 1, 2, 2], [2, 2]]
+        found = gld.labelled(str(tmp_path), 1)
+        assert [images.labels.tolist() for images in found] == [[0, 0, 1, 1, 2, 2], [2, 2]]
 
-SWIN = {r"features\.0\.0": "patch_embed.proj", r"features\.0\.2": "patch_embed.norm", r"mlp\.0": "mlp.fc1",
-        r"mlp\.3": "mlp.fc2", r"features\.([1357])": lambda m: f"layers.{int(m[1]) // 2}.blocks",
+# Patterns in the keys of torchvision's networks -> other people's names
+SWIN = {r"features\.0\.0": "patch_embed.proj", r"features\.0\.2": "patch_embed.norm",
+        r"mlp\.0": "mlp.fc1", r"mlp\.3": "mlp.fc2",
+        r"features\.([1357])": lambda m: f"layers.{int(m[1]) // 2}.blocks",
         r"features\.([246])": lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample"}
 VIT = {"class_token": "cls_token", r"encoder\.pos_embedding": "pos_embed", "conv_proj": "patch_embed.proj",
-       r"encoder\.layers\.encoder_layer_": "blocks.", r"encoder\.ln": "norm", "ln_": "norm", r"mlp\.0": "mlp.fc1",
-       r"mlp\.3": "mlp.fc2", r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj"}
-PREFIX, HEAD = {"^": "module.backbone."}, {"module.head.mlp.0.weight": torch.zeros(2, 2)}
-SWIN_EXTRAS = {"module.head_dense.mlp.0.weight": torch.zeros(2, 2),
-               "module.backbone.layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
-FILES = {  # kind: network, image size, other people's names for its keys, what the file holds beside the state dict
-    "checkpoint.pt": ("conv_tiny", 48, {"^": "backbone.net."}, lambda x: dict(
-        teacher=x | {"image_head.last.weight": torch.zeros(2)}, student={key: -value for key, value in x.items()},
-        options=dict(arch="conv_tiny", patch_size=8, global_size=48), centers=torch.zeros(2, 2), step=1)),
+       r"encoder\.layers\.encoder_layer_": "blocks.", r"encoder\.ln": "norm", "ln_": "norm",
+       r"mlp\.0": "mlp.fc1", r"mlp\.3": "mlp.fc2",
+       r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj"}
+SMALL = torch.zeros(2, 2)
+SWIN_EXTRAS = {"module.backbone.layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
+               "module.head_dense.mlp.0.weight": SMALL, "module.head.mlp.0.weight": SMALL}
+
+def checkpoint_of_gld(state):
+    """The student is minus the teacher."""
+    return dict(teacher=state | {"image_head.last.weight": SMALL}, student={key: -x for key, x in state.items()},
+                options=dict(arch="conv_tiny", patch_size=8, global_size=48), centers=SMALL, step=1)
+
+FILES = {  # kind: network, image size, other people's names for its keys, state dict -> what the file holds
+    "checkpoint.pt": ("conv_tiny", 48, {"^": "backbone.net."}, checkpoint_of_gld),
     "backbone.pt": ("vit_tiny", 64, {}, dict),
-    "torchvision": ("resnet50", 224, {}, lambda x: x | {"fc.weight": torch.zeros(2, 2)}),
-    "GLSD or EsViT Swin": ("swin_t", 224, SWIN | PREFIX, lambda x: dict(
-        teacher=x | HEAD | SWIN_EXTRAS, student={}, args=argparse.Namespace(arch="swin"))),
-    "DINO ViT": ("vit_tiny", 64, VIT | PREFIX, lambda x: dict(teacher=x | HEAD, epoch=1)),
-    "timm ViT": ("vit_tiny", 64, VIT, lambda x: x | {"head.weight": torch.zeros(2, 2)})}
+    "torchvision": ("resnet50", 224, {}, lambda state: state | {"fc.weight": SMALL}),
+    "GLSD or EsViT Swin": ("swin_t", 224, SWIN | {"^": "module.backbone."}, lambda state: dict(
+        teacher=state | SWIN_EXTRAS, student={}, args=argparse.Namespace(arch="swin"))),
+    "compiled DINO ViT": ("vit_tiny", 64, VIT | {"^": "module._orig_mod.backbone."}, lambda state: dict(
+        teacher=state | {"module._orig_mod.head.mlp.0.weight": SMALL}, epoch=1)),
+    "timm ViT": ("vit_tiny", 64, VIT, lambda state: state | {"head.weight": SMALL})}
+FROZEN = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"     # nothing moves
+
+def random_backbone(*args):
+    """No weight is zero or one, or a mistaken name could go unseen."""
+    torch.manual_seed(0)
+    backbone = gld.Backbone(*args).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return backbone
+
+def renamed(state, names):
+    """A state dict under other people's names."""
+    out = {}
+    for key, value in state.items():
+        for ours, theirs in names.items():
+            key = re.sub(ours, theirs, key)
+        out[key] = value.view(49, 49) if key.endswith("position_index") else value
+    return out
 
 @pytest.mark.parametrize("kind", FILES)
 def test_foreign_weights_load_strictly_and_start_a_run(tmp_path, kind):
-    """Nothing moves at these rates. The views are larger than the file's, so a ViT's position embedding is resized."""
+    """The views are larger than the file's, so a ViT's position embedding is resized."""
     arch, size, names, wrap = FILES[kind]
-    torch.manual_seed(0)
-    backbone, path, x = gld.Backbone(arch, 64, 16).eval(), tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
-    for parameter in backbone.parameters():    # none may be zero or one, or a mistaken rename could go unseen
-        torch.nn.init.normal_(parameter, std=0.1)
-    state = {}
-    for key, value in backbone.net.state_dict().items():
-        for ours, theirs in names.items():
-            key = re.sub(ours, theirs, key)
-        state[key] = value.view(49, 49) if key.endswith("position_index") else value
+    backbone, path, x = random_backbone(arch, 64, 16), tmp_path / "file.pt", torch.randn(2, 3, 64, 64)
+    state = renamed(backbone.net.state_dict(), names)
     torch.save(wrap(state), path)
     found, image_size, options = gld.load_backbone(path)
-    assert (found.arch, found.patch_size, image_size) == (arch, 16, size) and options.get("global_size", size) == size
+    assert (found.arch, found.patch_size, image_size) == (arch, 16, size)
     torch.testing.assert_close(found(x), backbone(x))
-    frozen = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"
-    command = (f"{frozen} --arch {arch} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 --max-steps 1 "
+
+    command = (f"{FROZEN} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 --max-steps 1 "
                "--init-from file.pt")
-    assert "weights from file.pt (new heads)" in train_ok(command, tmp_path).stdout
+    assert "weights from file.pt (new heads)" in train_ok(f"{command} --arch {arch}", tmp_path).stdout
     end = checkpoint(tmp_path / "output")
     for key, value in backbone.net.named_parameters():
         value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
-        sign = -1 if kind == "checkpoint.pt" else 1             # in this file, the student is minus the teacher
+        sign = -1 if kind == "checkpoint.pt" else 1
         assert torch.equal(end["teacher"][f"backbone.net.{key}"], value), key
         assert torch.equal(end["student"][f"backbone.net.{key}"], sign * value), key
-    assert all(torch.equal(value, end["teacher"][key]) for key, value in end["student"].items() if "_head." in key)
     if arch != "conv_tiny":             # what a run writes loads into torchvision's network
         vit = torchvision.models.VisionTransformer(96, 16, 12, 3, 192, 768)
         network = vit if arch == "vit_tiny" else getattr(torchvision.models, arch)()
         written = torch.load(tmp_path / "output/backbone.pt", weights_only=True)
         missing, unexpected = network.load_state_dict(written, strict=False)
         assert not unexpected and missing and all(key.startswith(("head", "fc.")) for key in missing)
+
     other = "resnet50" if arch.startswith("vit") else "vit_tiny"
     done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
-    assert done.returncode == 2 and f": error: --init-from file.pt: a {arch} does not fit --arch {other}" in done.stderr
-    last = [key for key in state if key.endswith("weight")][-1]
-    for changed in ({key: state[key] for key in state if key != last}, state | {f"{last}.extra": torch.zeros(1)}):
-        torch.save(wrap(changed), path)
-        with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*(Missing|Unexpected) key"):
-            gld.load_backbone(path, flag="--init-from")
+    assert_refused(done, f": error: --init-from file.pt: a {arch} does not fit --arch {other}")
+    del state[[key for key in state if key.endswith("weight")][-1]]
+    torch.save(wrap(state), path)
+    with pytest.raises(gld.BadInput, match=f"^--init-from .*file.pt as {arch}: .*Missing key"):
+        gld.load_backbone(path, flag="--init-from")
+
+def test_dinov2s_weights_load_with_their_layer_scale(tmp_path):
+    """DINOv2 multiplies what attention and MLP add to the patches by a gamma per channel."""
+    backbone, x = random_backbone("vit_tiny", 70, 14), torch.randn(2, 3, 70, 70)
+    state = renamed(backbone.net.state_dict(), VIT) | {"mask_token": torch.ones(1, 192)}
+    for i, block in enumerate(backbone.net.encoder.layers):
+        gamma1, gamma2 = 3 * torch.randn(2, 192)
+        state |= {f"blocks.{i}.ls1.gamma": gamma1, f"blocks.{i}.ls2.gamma": gamma2}
+        block.self_attention.register_forward_hook(lambda module, _, out, gamma=gamma1: (out[0] * gamma, None))
+        block.mlp.register_forward_hook(lambda module, _, out, gamma=gamma2: out * gamma)
+    torch.save(state, tmp_path / "dinov2.pth")
+    found, *_ = gld.load_backbone(tmp_path / "dinov2.pth")
+    torch.testing.assert_close(found(x), backbone(x), rtol=1e-4, atol=1e-5)
+    command = "--arch vit_tiny --patch-size 14 --global-size 56 --local-size 28 --batch-size 2 --max-steps 1"
+    assert "new heads" in train_ok(f"{FROZEN} {command} --init-from dinov2.pth", tmp_path).stdout
 
 def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
     train_ok("--max-steps 2 --output a", tmp_path)
-    command = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1 --init-from a/checkpoint.pt"
+    command = f"{FROZEN} --init-from a/checkpoint.pt"
     done = train_ok(f"{command} --max-steps 1 --output b", tmp_path)
     assert "weights from a/checkpoint.pt (with its heads)" in done.stdout
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert b["step"] == 1
     for name in ("student", "teacher"):
-        assert b["step"] == 1 and all(torch.equal(value, b[name][key]) for key, value in a[name].items()
-                                      if "running" not in key and "num_batches" not in key)
-    done = train_ok(f"{command} --max-steps 2 --output b", tmp_path)
-    assert "from step 1" in done.stdout and "weights from" not in done.stdout           # the same command resumes
+        for key, value in a[name].items():
+            assert torch.equal(value, b[name][key]) or "running" in key or "num_batches" in key, key
+    done = train_ok(f"{command} --max-steps 2 --output b", tmp_path)            # the same command resumes
+    assert "from step 1" in done.stdout and "weights from" not in done.stdout
     for options in ("--out-dim 32", "--matching none", "--init-from a/backbone.pt"):
         done = train_ok(f"{command} {options} --max-steps 1 --no-resume --output c", tmp_path)
         assert "(new heads)" in done.stdout
 
-y, x = np.mgrid[:200, :200]             # the red and the green of a pixel are its x and its y; the blue is full
-PLACES = torch.from_numpy(np.stack([x, y, 0 * x + 255]).astype(np.uint8))
+COLUMN, ROW = np.meshgrid(range(200), range(200))
+# An image whose red and green tell where a pixel lies; the blue is full
+PLACES = torch.from_numpy(np.stack([COLUMN, ROW, 0 * ROW + 255]).astype(np.uint8))
+PLACES_30 = gld.Images(PLACES.permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "30 times")
+
+def test_the_evaluation_is_dinos():
+    """Shorter side to 256/224 of the size, the middle of it, ImageNet's statistics; the temperature of the votes."""
+    cfg, seen = eval_knn.parse_arguments(["--workers", "0"]), []
+    gld.extract(lambda x: seen.append(x) or x.mean((2, 3)), PLACES_30, 56, cfg, torch.device("cpu"), 0, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    pixels = 255 * (seen[0][0] * std + mean)
+    middle = ((torch.arange(4, 60) + 0.5) * 200 / 64 - 0.5).expand(56, 56)          # of 64 pixels
+    assert (pixels - torch.stack([middle, middle.T, torch.full((56, 56), 255)])).abs().max() < 1.5
+    assert (cfg.temperature, cfg.weights) == (0.07, "teacher")
 
 class Knows(torch.nn.Module):
     """A backbone whose patch features tell the patch's position in the crop, or the place that its colours encode."""
@@ -1945,20 +2143,20 @@ class Knows(torch.nn.Module):
         self.what = what
 
     def forward(self, x):
-        place = F.avg_pool2d(x, 8)[:, :2].flatten(2).mT * 0.45    # (N, P, 2)
+        place = F.avg_pool2d(x, 8)[:, :2].flatten(2).mT * 0.45          # (M, N, 2)
         position = torch.eye(place.shape[1]).expand(len(x), -1, -1)
         return x.mean((2, 3)), position if self.what == "position" else torch.cat([place.cos(), place.sin()], -1)
 
 def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
-    images = gld.Images(PLACES.permute(1, 2, 0).numpy()[None].repeat(30, 0), np.zeros(30, int), "places")
-    shares = functools.partial(eval_knn.match_shares, images=images, size=64, scale=(0.4, 1), device="cpu")
+    shares = functools.partial(eval_knn.match_shares, images=PLACES_30, size=64, scale=(0.4, 1), device="cpu")
     found = shares(Knows("position"))
     assert found["same position"] == 100 and found["neither"] == 0
     assert 5 < found["correspondence accuracy"] == found["both"] == found["geometry: same position"] < 60
     found = shares(Knows("place"))
     assert found["correspondence accuracy"] > 95 and found["neither"] < 5
-    assert math.isclose(found["both"], found["geometry: same position"], abs_tol=3) and found == shares(Knows("place"))
-    here = torch.arange(64).expand(2, 64)    # masked patches do not count: from patch 20 on, geometry says patch 0
+    assert math.isclose(found["both"], found["geometry: same position"], abs_tol=3)
+    here = torch.arange(64).expand(2, 64)
+    # unmatched patches do not count: from patch 20 on, geometry says patch 0
     monkeypatch.setattr(eval_knn, "geometric_matches", lambda *_: (here.where(here < 20, 0), (here < 20).float()))
     assert shares(Knows("position"))["both"] == 100
 
@@ -1966,87 +2164,117 @@ def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
 def test_the_picture_joins_patches_that_show_the_same_place(what):
     """What the picture shows inside two joined patches says where they are in the image."""
     picture, lines = eval_knn.show_matches(PLACES, what and Knows(what), 64)
-    n, picture = 8 if what else 7, np.asarray(picture).astype(float)
+    picture = np.asarray(picture).astype(float)
+    n = 8 if what else 7                        # patches in a row
 
     def place(midpoint):
         x, y, half = round(midpoint[0]), round(midpoint[1]), round(0.3 * 540 / n)
-        return np.median(picture[y - half:y + half, x - half:x + half].reshape(-1, 3), 0)[:2]    # lines are thin
+        patch = picture[y - half:y + half, x - half:x + half]
+        return np.median(patch.reshape(-1, 3), 0)[:2]           # lines are thin
+
     for matching in ("geometric", "similarity") if what else ("geometric",):
-        joined = [line[1:] for line in lines if line[0] == matching]
-        apart = [np.abs(place(a) - place(b)).max() for a, b in joined]
-        assert 6 <= len({a for a, _ in joined}) == len(joined) <= 8
-        if matching == "similarity" and what == "position":
-            assert len({tuple(np.subtract(b, a)) for a, b in joined}) == 1 and max(apart) > 25    # wrong ones are shown
+        joined = [(start, end) for kind, start, end in lines if kind == matching]
+        apart = [np.abs(place(start) - place(end)).max() for start, end in joined]
+        assert 6 <= len({start for start, _ in joined}) == len(joined) <= 8
+        if matching == "similarity" and what == "position":     # wrong ones are shown
+            assert len({tuple(np.subtract(end, start)) for start, end in joined}) == 1
+            assert max(apart) > 25
         else:
             assert max(apart) < 0.75 * 200 / n, apart
-    dark = (picture[130:660, [*range(40, 570), *range(645, 1175)], 2] < 100).mean()
-    assert 0.27 < dark < 0.58    # the masked patches are 30 to 55 % of both crops; lines cover little
+    crops = picture[130:660, [*range(40, 570), *range(645, 1175)], 2]
+    assert 0.27 < (crops < 100).mean() < 0.58   # unmatched patches are dark, 30 to 55 %; lines cover little
 
 def test_the_picture_on_the_command_line(tmp_path):
     save_pictures(tmp_path / "plain", 2, (60, 90))
     save_pictures(tmp_path / "split/val", 1)
     torch.save(gld.Backbone("conv_tiny").net.state_dict(), tmp_path / "backbone.pt")
     (tmp_path / "text.png").write_text("no image")
-    for options, words in (("a.png --data plain", "--checkpoint FILE"), ("b.png --data split", "--checkpoint FILE"),
-                           ("c.png --data plain/0001.png", "--checkpoint FILE"),
-                           ("d.png --checkpoint backbone.pt --data shapes", "similarity by backbone.pt")):
-        done = run(f"eval_knn.py --workers 0 --show-matches {options}", tmp_path)
-        assert done.returncode == 0 and words in done.stdout and (tmp_path / options[:5]).exists(), done.stderr
     before = sorted(tmp_path.iterdir())
-    for wrong in ("nowhere/a.png", "a.xyz", "e.png --checkpoint nowhere.pt", "e.png --data text.png"):
-        done = run(f"eval_knn.py --workers 0 --show-matches {wrong}", tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, (wrong, done.stderr)
+    for wrong, words in {"nowhere/a.png": "--show-matches", "a.xyz": "--show-matches",
+                         "e.png --checkpoint nowhere.pt": "--checkpoint", "e.png --data text.png": "--data",
+                         "e.png --data nophoto.jpg": "--data nophoto.jpg: no such file or folder"}.items():
+        assert_refused(run(f"eval_knn.py --workers 0 --show-matches {wrong}", tmp_path), words)
     assert sorted(tmp_path.iterdir()) == before
+
+    def drawn(options):
+        done = run(f"eval_knn.py --workers 0 --show-matches a.png {options}", tmp_path)
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "a.png").unlink()
+        return done.stdout
+    for data in ("plain", "split", "plain/0001.png"):
+        assert "--checkpoint FILE" in drawn(f"--data {data}")
+    assert "similarity by backbone.pt" in drawn("--checkpoint backbone.pt --data shapes")
+    train_ok("--max-steps 1", tmp_path)
+    assert "similarity by output/checkpoint.pt" in drawn("--data plain")        # taken where it exists
 
 # ------------------------------------------------------------------------------------------------ README
 
 README = (HERE / "README.md").read_text()
 NOTES = (HERE / ".github/NOTES.md").read_text()
+FILLED_IN = {r"runs/\S*-\*/checkpoint.pt": "output/checkpoint.pt", r"\$matching": "none", r"\$\w+": "1",
+             r"cifar10|(PATH/TO/)?(IMAGENET|IMAGES)\b": "IMAGES", "PATH/TO/PHOTO.jpg": "IMAGES/val/a/0000.png"}
 
 def readme_commands():
-    """The commands in README and NOTES that run gld.py or eval_knn.py; variables and names are replaced."""
-    blocks = re.findall(r"```sh\n(.*?)```", README + NOTES, re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").split("\n")]
-    for line in lines:
-        for name, value in ((r"runs/\S*-\*/checkpoint.pt", "output/checkpoint.pt"), (r"\$matching", "none"),
-                            (r"\$\w+", "1"), ("cifar10", "IMAGES"), (r"(PATH/TO/)?(IMAGENET|IMAGES)\b", "IMAGES"),
-                            ("PATH/TO/PHOTO.jpg", "IMAGES/val/a/0000.png")):
-            line = re.sub(name, value, line)
-        if match := re.search(r"\b(gld|eval_knn)\.py\b", line):
-            yield line.startswith("torchrun"), line[match.start():].split("&&")[0].rstrip("' ")
+    """The commands in README and NOTES that run gld.py or eval_knn.py; variables and names are filled in."""
+    for block in re.findall(r"```sh\n(.*?)```", README + NOTES, re.S):
+        for line in block.replace("\\\n", " ").split("\n"):
+            line = line.split("#")[0].strip()
+            for name, value in FILLED_IN.items():
+                line = re.sub(name, value, line)
+            if match := re.search(r"\b(gld|eval_knn)\.py\b", line):
+                yield line.startswith("torchrun"), line[match.start():].split("&&")[0].rstrip("' ")
 
-def test_the_readmes_commands_run(tmp_path):
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
     """Every command at a small size: its options must exist and go together. One torchrun line as two processes."""
     for name in ("train/a", "train/b", "val/a", "val/b"):
         save_pictures(tmp_path / "IMAGES" / name, 2)
-    small = ("--no-resume --batch-size 2 --workers 0 --max-steps 1 --global-size 32 --local-size 32 --local-views 1 "
-             "--out-dim 16 --head-hidden 16 --eval-every 0").split()
-    commands, launched = sorted(set(readme_commands()), key=lambda x: "eval" in x[1]), False
+    monkeypatch.setattr(gld, "draw_shapes", lambda n, seed, draw=gld.draw_shapes: draw(n // 10, seed))
+    dinov2 = renamed(gld.Backbone("vit_small", 28, 14).net.state_dict(), VIT)
+    torch.save(dinov2, tmp_path / "dinov2_vits14_pretrain.pth")
+    commands = sorted(set(readme_commands()), key=lambda command: "eval" in command[1])
     assert len(commands) >= 12
+    launched = False
     for torchrun, command in commands:
-        words = shlex.split(command)
-        words += small if words[0] == "gld.py" else ["--k", "3", "--workers", "0"]
-        done = run(words, tmp_path, processes=2 if torchrun and not launched else 1)
+        size = 28 if "--patch-size 14" in command else 32
+        if command.startswith("gld.py"):
+            command += (f" --no-resume --batch-size 2 --workers 0 --max-steps 1 --global-size {size} --local-views 1 "
+                        f"--local-size {size} --out-dim 16 --head-hidden 16 --eval-every 0")
+            if "IMAGES" in command and "--preset" not in command:       # meant for a GPU
+                command += " --preset paper"
+        else:
+            command += " --k 3 --workers 0"
+        done = run(command, tmp_path, processes=2 if torchrun and not launched else 1)
         launched |= torchrun
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 def test_the_readmes_python_runs_as_pasted(tmp_path, monkeypatch):
+    """Block by block. Files that a block names exist: with a Swin-T's weights, or a picture."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run-paper").mkdir()
-    backbone = gld.Backbone("swin_t").eval()
-    torch.save(backbone.net.state_dict(), "run-paper/backbone.pt")
-    steps, loss, load = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(steps.splitlines()) <= 25
-    found = [{}, {}, {}]
-    for code, names in zip((steps, loss, load), found):
+    backbone, x = gld.Backbone("swin_t").eval(), torch.randn(1, 3, 224, 224)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    for name in re.findall(r'"([\w./-]+\.(?:pt|pth|jpg|png))"', "".join(blocks)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(("pt", "pth")):
+            torch.save(backbone.net.state_dict(), name)
+        else:
+            TF.to_pil_image(PLACES).save(name)
+    found = {"step": [], "loss": [], "model": [], "features": []}       # by what a block computes
+    for code in blocks:
+        names = {}
         exec(code, names)
-    assert found[0]["loss"] < 6 and found[0]["step"] == 19 and found[1]["z"][1].grad.norm() > 0
-    model, x = found[2]["model"].eval(), torch.randn(1, 3, 224, 224)
-    model.head = torch.nn.Identity()
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), backbone(x)[0], rtol=1e-4, atol=1e-5)
+        found[next(name for name in found if name in names)].append(names)
+    assert all(names["step"] == 19 and names["loss"] < 6 for names in found["step"])
+    assert all(names["loss"] > 0 and names["loss"].grad_fn for names in found["loss"])
+    assert all(names["features"].shape == (1, 768) for names in found["features"])
+    for names in found["model"]:
+        names["model"].head = torch.nn.Identity()
+        with torch.no_grad():
+            torch.testing.assert_close(names["model"].eval()(x), backbone(x)[0], rtol=1e-4, atol=1e-5)
+    assert all(found.values())
 
 def test_the_readmes_links_to_files_and_headings_exist():
     names = re.findall(r"\]\(((?:\.github/)?[\w.]+)(?:#([\w-]+))?\)", README)
-    assert len(names) >= 6 and all((HERE / name).exists() for name, _ in names), names
-    assert all(f"\n##-{heading}\n" in NOTES.lower().replace(" ", "-") for _, heading in names if heading)
+    assert len(names) >= 6
+    assert all((HERE / name).exists() for name, _ in names), names
+    headings = NOTES.lower().replace(" ", "-")
+    assert all(f"\n##-{heading}\n" in headings for _, heading in names if heading)
