@@ -9,26 +9,26 @@
 A student network learns without labels from a teacher network. The teacher's weights are an exponential moving average
 (EMA) of the student's. Both see views (random crops) of an image. The student sees all V views: 2 large ones, called
 global, and L small ones, called local. The teacher sees the Q = 2 global views only. From one view, the student learns
-to predict the teacher's output for another view of the same image. The image loss does this for whole views, as in
-DINO. The patch loss does it for patches: from a patch of its view, the student learns to predict the teacher's output
-for the matching patch of the other view. Which patch matches? `--matching` says it:
+to predict the teacher's output for another view of the same image. (A running mean of the teacher's outputs, the
+center, is subtracted from them first.) The image loss does this for whole views, as in DINO. The patch loss does it for
+patches: from a patch of its view, the student learns to predict the teacher's output for the matching patch of the
+other view. Which patch matches? `--matching` says it:
 
     geometric     the patch that shows the same place of the image: what GLSD proposes
     similarity    the patch with the most similar features: what EsViT proposed before
     none          there is no patch loss: DINO
 
-Letters in shapes:
+A patch is a token of a ViT, or a cell of the last feature map of another backbone (swin_t: 7 x 7 or 3 x 3). Letters:
 
-    B    images of one step in one process           C    width of the backbone's features
-    V    student views, the 2 global ones first      D    width of z, from which a head's last layer makes K logits
-    Q    teacher views: the 2 global ones            K    outputs of a head, called prototypes: classes, but learned
-    G    views of one size: 2 global or L local      N    patches of a view, row by row; Ns, Nt: of student, teacher
+    B    images of one step in one process           N    patches of a view, row by row; Ns, Nt: of student, teacher
+    V    student views, the 2 global ones first      C    width of the backbone's features
+    Q    teacher views: the 2 global ones            D    width of z, the output of a head's MLP
+    G    views of one size: 2 global or L local      K    outputs of a head, called prototypes: classes, but learned
     M    crops of one size: G * B                    S    side of a view, pixels
     box  where a view was cropped: (top, left, height, width, flip), pixels of the original image; flip is 0 or 1
 
-Hyperparameters: the defaults of --preset small, which trains on a laptop, and of --preset paper. Built-in datasets take
-small, a folder takes paper, unless --preset is given. --batch-size counts the images of one step in all processes
-together. The learning rate is lr * batch size / 256. `--help` shows all options.
+Hyperparameters of --preset small (for built-in datasets, on a laptop) and of --preset paper (for a folder). Batch size:
+of all processes together. The learning rate is lr * batch size / 256. `--help` shows all options.
 
     --arch                conv_tiny    swin_t
     --global-size         32           224
@@ -82,14 +82,14 @@ from matching_kernels import geometric_matches, head_cross_entropy, similarity_m
 
 STUDENT_TEMP = 0.1
 CENTER_MOMENTUM = 0.9
-MAX_OVERFLOWS = 20                      # so many steps in a row may overflow in float16 before the run ends
+MAX_OVERFLOWS = 20
 
 # ==================================================================================== part I: the paper starts here
 # ------------------------------------------------------------------------------------------------ views and boxes
 
 class Views(NamedTuple):
-    """The G views of one size of one image, and how to augment them. `load_batch` flips and augments those of a batch:
-    it makes pixels (G, B, 3, S, S) of each size, and boxes (V, B, 5) of all views together."""
+    """The G views of one size of one image, and how to augment them. `load_batch` flips and augments them. It gives the
+    pixels (G, B, 3, S, S) of each size, and joins the boxes of both: (V, B, 5)."""
     crops: torch.Tensor             # (G, 3, S, S) uint8, cropped and resized, not yet flipped or augmented
     boxes: torch.Tensor             # (G, 5) top, left, height, width, flip
     jitter: torch.Tensor            # (G, 4) factors of brightness, contrast, saturation (1: no change), hue shift (0)
@@ -146,7 +146,7 @@ class Head(nn.Module):
         self.direction = nn.Parameter(torch.empty(K, D).uniform_(-1, 1) / D ** 0.5)
         self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # or it stays 1
         for layer in self.mlp[::2]:                                             # the linear ones
-            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # as DINO at its width, 2048
+            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # DINO: 0.02, at 2048
             nn.init.zeros_(layer.bias)
 
     def weight(self):
@@ -166,8 +166,8 @@ class Outputs(NamedTuple):
     patch_weight: torch.Tensor      # (K, D) last layer of the patch head, or None
 
 class Network(nn.Module):
-    """Backbone, image head and, unless matching is none, patch head. Student and teacher are one each; drop_path is the
-    rate of stochastic depth, in the student alone."""
+    """Backbone, image head and, unless matching is none, patch head. The student is one Network, the teacher another.
+    drop_path: the rate of stochastic depth (the teacher's is 0)."""
 
     def __init__(self, cfg, drop_path=0.0):
         super().__init__()
@@ -204,9 +204,9 @@ def patch_midpoints(box, grid):
     return torch.stack([y, x], dim=-1).flatten(0, 1)
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
-    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight of 1; but 0 if
-    their distance is half the diagonal of the larger one of the two patches, or more. (The official code calls this
-    cut-off "hinge". With hinge=False, every weight is 1.)"""
+    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight. It is 1, or 0 if
+    the teacher's view does not show the place: if the distance is at least half the diagonal of the larger patch.
+    ("Hinge" is the official code's name for this rule of the paper. Without it, every weight is 1.)"""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
     diagonals = [torch.hypot(box[2] / rows, box[3] / cols)                                  # of one patch
@@ -217,8 +217,8 @@ def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=
     return match, weight
 
 def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_temp, hinge=True):
-    """The patch loss with geometric matching. student: V logits (B, N, K). teacher: Q logits (B, N, K). center: (K,).
-    boxes: (V, B, 5). view_grids: (rows, cols) for each of the V views.
+    """The patch loss with geometric matching. student, teacher: lists of V and of Q logits (B, N, K). center: (K,).
+    boxes: (V, B, 5). view_grids: a list of V pairs (rows, cols).
 
     The center is a running mean of the teacher's logits; `train` updates it in each step. Without it, the networks
     could collapse to one prototype for every image. The low teacher temperature prevents the other collapse, to equal
@@ -233,7 +233,7 @@ def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_t
         for b in range(len(target)):
             match, weight = nearest_patches(boxes[v, b], boxes[q, b], view_grids[v], view_grids[q], hinge)
             cross_entropy = -(target[b, match] * log_p[b]).sum(dim=-1)                      # (Ns,)
-            losses.append((weight * cross_entropy).mean())          # divided by Ns: patches of weight 0 count, too
+            losses.append((weight * cross_entropy).mean())          # patches of weight 0 add nothing, but count
     return sum(losses) / len(losses)
 
 def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, matching, hinge=True, impl="auto"):
@@ -243,9 +243,9 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     patch whose backbone features have the largest cosine with its own, and every weight is 1. image_loss is the same
     for whole views: each counts as one patch, of weight 1. loss is the mean of both; with matching none, image_loss.
 
-    `head_cross_entropy` computes the same, fast, but the sum over all pairs of views, not their mean. It is given z and
-    the last layers, and never holds all logits in memory. For geometric matching, it is given the boxes, and finds the
-    matches itself, by a formula in place of all distances. See matching_kernels.py.
+    `head_cross_entropy` computes, fast, the sum over all pairs of views of the mean over images and patches. It gets z
+    and the last layers, and never holds all logits in memory. For geometric matching, it gets boxes and grids, and finds
+    the matches itself, by a formula in place of all distances. Without boxes or indices, a view is one patch.
     Args:
         student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
         centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
@@ -281,11 +281,11 @@ def mean_logits(teacher):
 
 # ------------------------------------------------------------------------------------------------ training
 
-def cosine(peak, end, step, steps, warmup=0):
-    """A schedule at `step`: linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`."""
+def cosine(value, end, step, steps, warmup=0):
+    """A schedule at `step`: linear from 0 to `value` over `warmup` steps, then half a cosine to `end` at `steps`."""
     if step < warmup:
-        return peak * step / max(1, warmup - 1)             # as in DINO: the first step has 0, the last one `peak`
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return value * step / max(1, warmup - 1)            # as in DINO: the first step has 0, the last one `value`
+    return end + (value - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 def teacher_temp_at(epoch, cfg):
     """Linear from --warmup-teacher-temp to --teacher-temp in --warmup-teacher-temp-epochs, then constant."""
@@ -369,7 +369,7 @@ def train(cfg):
             student_out, teacher_out, centers, boxes, cfg.grids, teacher_temp=teacher_temp, matching=cfg.matching,
             hinge=cfg.hinge, impl=cfg.impl)
 
-        # 2. gradients: backward; in the first epochs, freeze the last layers; clip them, parameter by parameter
+        # 2. gradients: backward; freeze the last layers at first, as DINO does; clip, parameter by parameter
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         if epoch < cfg.freeze_last_layer:
@@ -379,20 +379,20 @@ def train(cfg):
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients([p.grad for p in student.parameters() if p.grad is not None], cfg.clip_grad)
 
-        # 3. average over the processes before anything changes: so a NaN or a signal in one of them stops all
+        # 3. agree with the other processes before anything changes: a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
-        next_batch, waited = load_batch(batches, device, cfg)       # the GPU is still busy; tolist() waits for it
-        values = StepValues(*shared.tolist())               # the means of the six, as numbers
-        if log.diverged(values, step, lr, scaler):          # NaN or infinite; but a float16 gradient may overflow
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)  # 6 numbers
+        next_batch, waited = load_batch(batches, device, cfg)       # here, as the GPU is busy; tolist() waits for it
+        values = StepValues(*shared.tolist())
+        # is one NaN or infinite? (A float16 gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row.)
+        if log.diverged(values, step, lr, scaler):
             return 1
 
         # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
         scaler.step(optimizer)                              # skipped if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():
-            # parameters only: the teacher has batch norm statistics of its own
+        with torch.no_grad():                               # parameters only: batch norm has statistics in each network
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
@@ -402,7 +402,7 @@ def train(cfg):
         log.add(values, problems, time.perf_counter() - began, waited, steps_per_epoch * cfg.batch_size)
         if epoch_ended or run_ended or time.perf_counter() - log.reported > 30:
             record = dict(epoch=epoch, step=done, lr=lr)
-            record |= diagnose(teacher_out, centers[0], boxes, teacher_temp, cfg)
+            record |= diagnose(teacher_out, centers[0], boxes, teacher_temp, cfg)       # signs of a collapse
             if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
                 record["knn"] = top1_of_20nn(teacher.backbone, labelled_images, cfg, device, rank, world)
             log.report(record, stop_at - done, epoch_ended or run_ended)
