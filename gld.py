@@ -27,8 +27,8 @@ A patch is a token of a ViT, or a cell of the last feature map of another backbo
     M    crops of one size: G * B                    S    side of a view, pixels
     box  where a view was cropped: (top, left, height, width, flip), pixels of the original image; flip is 0 or 1
 
-Hyperparameters of --preset small (for built-in datasets, on a laptop) and of --preset paper (for a folder). Batch size:
-of all processes together. The learning rate is lr * batch size / 256. `--help` shows all options.
+Hyperparameters of --preset small (the default for built-in datasets) and of --preset paper (the default for a folder).
+Batch size: of all processes together. The learning rate is lr * batch size / 256. `--help` shows all options.
 
     --arch                conv_tiny    swin_t
     --global-size         32           224
@@ -88,8 +88,8 @@ MAX_OVERFLOWS = 20
 # ------------------------------------------------------------------------------------------------ views and boxes
 
 class Views(NamedTuple):
-    """The G views of one size of one image, and how to augment them. `load_batch` flips and augments them. It gives the
-    pixels (G, B, 3, S, S) of each size, and joins the boxes of both: (V, B, 5)."""
+    """The G views of one size of one image, and how to augment them. `load_batch` flips and augments them. It
+    gives pixels (G, B, 3, S, S) for each of the two sizes, and the boxes (V, B, 5) of both together."""
     crops: torch.Tensor             # (G, 3, S, S) uint8, cropped and resized, not yet flipped or augmented
     boxes: torch.Tensor             # (G, 5) top, left, height, width, flip
     jitter: torch.Tensor            # (G, 4) factors of brightness, contrast, saturation (1: no change), hue shift (0)
@@ -204,8 +204,8 @@ def patch_midpoints(box, grid):
     return torch.stack([y, x], dim=-1).flatten(0, 1)
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
-    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight. It is 1, or 0 if
-    the teacher's view does not show the place: if the distance is at least half the diagonal of the larger patch.
+    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight. It is 0 if their
+    distance is at least half the diagonal of the larger patch: then the teacher does not see this place. Else it is 1.
     ("Hinge" is the official code's name for this rule of the paper. Without it, every weight is 1.)"""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
@@ -216,8 +216,8 @@ def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=
         weight[nearest_distance >= max(diagonals) / 2] = 0
     return match, weight
 
-def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_temp, hinge=True):
-    """The patch loss with geometric matching. student, teacher: lists of V and of Q logits (B, N, K). center: (K,).
+def patch_loss_definition(student_logits, teacher_logits, center, boxes, view_grids, teacher_temp, hinge=True):
+    """The patch loss with geometric matching. The logits: lists of V and of Q tensors (B, N, K). center: (K,).
     boxes: (V, B, 5). view_grids: a list of V pairs (rows, cols).
 
     The center is a running mean of the teacher's logits; `train` updates it in each step. Without it, the networks
@@ -225,11 +225,11 @@ def patch_loss_definition(student, teacher, center, boxes, view_grids, teacher_t
     probabilities of all prototypes.
     """
     # all pairs of a teacher view q and another view v; the first Q views of the student are those of the teacher
-    pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
+    pairs = [(q, v) for q in range(len(teacher_logits)) for v in range(len(student_logits)) if v != q]
     losses = []
     for q, v in pairs:
-        target = F.softmax((teacher[q] - center) / teacher_temp, dim=-1)                    # (B, Nt, K)
-        log_p = F.log_softmax(student[v] / STUDENT_TEMP, dim=-1)                            # (B, Ns, K)
+        target = F.softmax((teacher_logits[q] - center) / teacher_temp, dim=-1)             # (B, Nt, K)
+        log_p = F.log_softmax(student_logits[v] / STUDENT_TEMP, dim=-1)                     # (B, Ns, K)
         for b in range(len(target)):
             match, weight = nearest_patches(boxes[v, b], boxes[q, b], view_grids[v], view_grids[q], hinge)
             cross_entropy = -(target[b, match] * log_p[b]).sum(dim=-1)                      # (Ns,)
@@ -244,8 +244,8 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     for whole views: each counts as one patch, of weight 1. loss is the mean of both; with matching none, image_loss.
 
     `head_cross_entropy` computes, fast, the sum over all pairs of views of the mean over images and patches. It gets z
-    and the last layers, and never holds all logits in memory. For geometric matching, it gets boxes and grids, and finds
-    the matches itself, by a formula in place of all distances. Without boxes or indices, a view is one patch.
+    and the last layers, and never holds all logits in memory. For geometric matching, it gets boxes and grids, and
+    finds the same matches as `nearest_patches`, but from the grid, without distances. The image loss gives it neither.
     Args:
         student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
         centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
@@ -381,9 +381,9 @@ def train(cfg):
 
         # 3. agree with the other processes before anything changes: a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)  # 6 numbers
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
         next_batch, waited = load_batch(batches, device, cfg)       # here, as the GPU is busy; tolist() waits for it
-        values = StepValues(*shared.tolist())
+        values = StepValues(*shared.tolist())               # a number for each; that of the center is its sum
         # is one NaN or infinite? (A float16 gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row.)
         if log.diverged(values, step, lr, scaler):
             return 1
@@ -392,7 +392,7 @@ def train(cfg):
         scaler.step(optimizer)                              # skipped if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # parameters only: batch norm has statistics in each network
+        with torch.no_grad():                               # parameters: batch norm statistics stay its own
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
