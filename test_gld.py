@@ -658,14 +658,15 @@ import os, re, subprocess, tempfile
 import triton
 import matching_kernels as mk
 
-LEFT_OUT = {"teacher": (), "loss": ("DS", "WEIGHT"), "loss and gradient": ("WEIGHT",), "index and weight": ()}
+LEFT_OUT = {"teacher": (), "loss": ("DS", "INDEX", "WEIGHT"), "loss and gradient": ("INDEX", "WEIGHT"),
+            "index and weight": ("BOXES",)}
 
 def compiled(part, target):
     '''A kernel as it is launched at K = 65536, for a GPU that need not be here.'''
     kernel = mk._teacher_kernel if part == "teacher" else mk._student_kernel
-    constants = dict(S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, BLOCK=mk.LAUNCH["BLOCK"]) | dict.fromkeys(LEFT_OUT[part])
-    kinds = dict(S="*fp16", T="*fp16", DS="*bf16", P="*fp16", scale="fp32") | dict.fromkeys("VQBK", "i32")
-    kinds["TABLE"] = "*i32" if part == "index and weight" else "*fp32"
+    constants = dict(S_ROWS=7, S_COLS=7, T_ROWS=7, T_COLS=7, UNIT=mk.UNIT, BLOCK=mk.LAUNCH["BLOCK"])
+    constants |= dict.fromkeys(LEFT_OUT[part])
+    kinds = dict(S="*fp16", T="*fp16", DS="*bf16", P="*fp16", INDEX="*i32", scale="fp32") | dict.fromkeys("VQBK", "i32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.isupper() else "i32")
                  for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
