@@ -369,7 +369,7 @@ def _torch_loss(images, matches, student_temp, teacher_temp, teacher_z, teacher_
             x = torch.where(total > 0, view, 0).div_(student_temp)      # an unmatched row may hold NaN
             if head:
                 target = sum(w[..., None] * u[r] for w, r in zip(weight, row))              # (b, Ns, D)
-                parts.append((x.flatten(0, 1), target.flatten(0, 1), total.flatten(0, 1)))
+                parts.append([part.flatten(0, 1) for part in (x, target, total)])           # (b * Ns, .)
             else:                                                       # in one pass: there are K columns, not D
                 target = F.embedding_bag(row.flatten(1).T, u, per_sample_weights=weight.flatten(1).T, mode="sum")
                 loss = loss + _CrossEntropy.apply(x, target.view(x.shape), total)[0]
