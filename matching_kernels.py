@@ -378,14 +378,14 @@ def _torch_loss(images, matches, student_temp, teacher_temp, teacher_z, teacher_
         loss = (total * _LinearLogSumExp.apply(x, student_weight.to(dtype))[0]).sum() - (x * target).sum()
     return loss
 
-class _SavesAll(torch.autograd.Function):
-    """Returns a result, and a tensor that is saved with all inputs. (So torch.func.grad works.)"""
+class _WithSaved(torch.autograd.Function):
+    """Returns a result, and a tensor that is saved with the first and the last input. (So torch.func.grad works.)"""
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(inputs[0], inputs[-1], output[1])
 
-class _LinearLogSumExp(_SavesAll):
+class _LinearLogSumExp(_WithSaved):
     """logsumexp_k(z_n . w_k), (N, 1), of z (N, D) and w (K, D). Its gradient is matrix products, no pass over K."""
     @staticmethod
     def forward(z, w):
@@ -401,7 +401,7 @@ class _LinearLogSumExp(_SavesAll):
             p = F.softmax(z @ w.T, dim=-1)
         return upstream * (p @ w), p.T @ (upstream * z)
 
-class _CrossEntropy(_SavesAll):
+class _CrossEntropy(_WithSaved):
     """- sum(target * log_softmax(x)), targets (..., K) of sums (..., 1). The gradient is made on the way: few passes."""
     @staticmethod
     def forward(x, target, total):
@@ -413,9 +413,10 @@ class _CrossEntropy(_SavesAll):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        x, target, total, grad = ctx.saved_tensors
+        x, total, grad = ctx.saved_tensors
         if torch.is_grad_enabled():                                     # create_graph=True: softmax with its graph
-            grad = total * F.softmax(x, dim=-1) - target
+            s = F.softmax(x, dim=-1)
+            grad = grad + total * (s - s.detach())
         return upstream * grad, None, None
 
 # ------------------------------------------------------------------------------------------------ Triton kernels
