@@ -47,13 +47,15 @@ def geometric_matches(student_boxes, teacher_boxes, student_grid, teacher_grid, 
     """
     s_grid = _check_view("student", student_boxes, student_grid)
     t_grid = _check_view("teacher", teacher_boxes, teacher_grid)
-    student, teacher = student_boxes.double().unsqueeze(-2), teacher_boxes.double().unsqueeze(-2)       # (..., 1, 5)
+    student = student_boxes.double().unsqueeze(-2)                      # (..., 1, 5)
+    teacher = teacher_boxes.double().unsqueeze(-2)
 
     def nearest_cells(axis):
         """Along y (axis 0) or x (axis 1): the teacher cell that holds the midpoint of each student cell, the distance
         of the two midpoints, and half the size of a student cell and of a teacher cell."""
-        s_start, s_size, s_cells = student[..., axis], student[..., axis + 2], s_grid[axis]
-        t_start, t_size, t_cells = teacher[..., axis], teacher[..., axis + 2], t_grid[axis]
+        s_cells, t_cells = s_grid[axis], t_grid[axis]
+        s_start, s_size = student[..., axis], student[..., axis + 2]
+        t_start, t_size = teacher[..., axis], teacher[..., axis + 2]
         cell = torch.arange(s_cells, device=student.device)
         if axis == 1:                                                   # a flipped view shows its last column first
             cell = torch.where(student[..., 4] > 0, s_cells - 1 - cell, cell)
@@ -98,9 +100,11 @@ def reference_cross_entropy(student_logits, teacher_logits, center, student_temp
         loss = loss + (weight[v, q] * cross_entropy).mean()
     return loss
 
-def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp, skip_same_view=False,
-                        impl="auto", student_boxes=None, teacher_boxes=None, student_grid=None, teacher_grid=None,
-                        hinge=True, index=None, weight=None):
+def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp, teacher_temp,
+                        skip_same_view=False, impl="auto",
+                        student_boxes=None, teacher_boxes=None,
+                        student_grid=None, teacher_grid=None, hinge=True,
+                        index=None, weight=None):
     """Sum over pairs (student view v, teacher view q) of the mean over B and Ns of weight * cross-entropy, where
 
         cross-entropy(n) = - sum_k  softmax((t - center) / teacher_temp)[k] * log_softmax(s / student_temp)[k]
@@ -134,7 +138,7 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
             s, t, weight = s.view(1, M, 1, K), t.view(1, M, 1, K), (masks_weight * M / n).view(1, 1, M, 1)
             local_cross_entropy(s, t, ..., weight=weight)
         Sinkhorn-Knopp (DINOv2, SwAV) has a centre, too: -teacher_temp * log(r), with r (K,) the product of all factors
-            that a prototype was multiplied by. Or, from its probabilities: t = p.log(), center of zeros, teacher_temp=1.
+            that a prototype was multiplied by. Or, from its probabilities: t = p.log(), a zero center, teacher_temp=1.
 
     Wrong without an error:
         images before views, where B = V = Q; with skip_same_view, local views before the global ones;
@@ -143,13 +147,18 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
         probabilities in place of logits; similarity_matches(s, t) without [:, None].
     """
     return head_cross_entropy(
-        student_logits, None, teacher_logits, None, center, student_temp=student_temp, teacher_temp=teacher_temp,
-        skip_same_view=skip_same_view, impl=impl, student_boxes=student_boxes, teacher_boxes=teacher_boxes,
-        student_grid=student_grid, teacher_grid=teacher_grid, hinge=hinge, index=index, weight=weight)
+        student_logits, None, teacher_logits, None, center,
+        student_temp=student_temp, teacher_temp=teacher_temp,
+        skip_same_view=skip_same_view, impl=impl,
+        student_boxes=student_boxes, teacher_boxes=teacher_boxes,
+        student_grid=student_grid, teacher_grid=teacher_grid, hinge=hinge,
+        index=index, weight=weight)
 
 def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, center, *, student_temp, teacher_temp,
-                       skip_same_view=False, impl="auto", student_boxes=None, teacher_boxes=None, student_grid=None,
-                       teacher_grid=None, hinge=True, index=None, weight=None, max_bytes=512 * 2 ** 20):
+                       skip_same_view=False, impl="auto",
+                       student_boxes=None, teacher_boxes=None,
+                       student_grid=None, teacher_grid=None, hinge=True,
+                       index=None, weight=None, max_bytes=512 * 2 ** 20):
     """`local_cross_entropy` of the logits z @ weight.T, which are made for a few images at a time.
 
     Args:
@@ -176,12 +185,13 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         student_z, student_grid, index, weight = [student_z], [student_grid], [index], [weight]
     center = _check_inputs(student_z, student_weight, teacher_z, teacher_weight, center)
     fused = _use_triton(impl, student_z[0])
-    matches = _prepare(student_z, teacher_z, fused, skip_same_view, student_boxes, teacher_boxes, student_grid,
-                       teacher_grid, hinge, index, weight)
+    matches = _prepare(student_z, teacher_z, fused, skip_same_view,
+                       student_boxes, teacher_boxes, student_grid, teacher_grid, hinge, index, weight)
     B = step = max(1, teacher_z.shape[1])
     if student_weight is not None:
         step = _images_at_a_time(student_z, teacher_z, len(center), fused, max_bytes)
-    arguments = (matches, float(student_temp), float(teacher_temp), teacher_z, teacher_weight, center.clone(),
+    arguments = (matches, float(student_temp), float(teacher_temp),
+                 teacher_z, teacher_weight, center.clone(),
                  student_weight, *student_z)
     with torch.autocast(teacher_z.device.type, enabled=False):
         if fused:
@@ -202,7 +212,8 @@ class Matches(NamedTuple):
     grids: tuple                        # rows and columns of a student view, then of a teacher view
     skip: int                           # views with v - q = skip are no pair
 
-def _prepare(students, teacher, fused, skip_same_view, student_boxes, teacher_boxes, student_grids, teacher_grid, hinge,
+def _prepare(students, teacher, fused, skip_same_view,
+             student_boxes, teacher_boxes, student_grids, teacher_grid, hinge,
              indices, weights) -> list[Matches]:
     """Check what says which patches match, and bring it into one form, for each size of student views."""
     Q, B, Nt, _ = teacher.shape
@@ -210,18 +221,21 @@ def _prepare(students, teacher, fused, skip_same_view, student_boxes, teacher_bo
     lists = [[None] * len(students) if x is None else x for x in (student_grids, indices, weights)]
     if any(len(x) != len(students) for x in lists):
         raise ValueError("student_grid, index and weight must be lists of one length, that of the sizes of views")
-    first, prepared = 0, []
+    first = 0
+    prepared = []
     for student, grid, index, weight in zip(students, *lists):
         v, _, Ns, _ = student.shape
         skip = -first if skip_same_view else V                          # v - q is never V
-        grids, boxes = (Ns, 1, Nt, 1), None                             # with an index, only the products count
+        grids = Ns, 1, Nt, 1                                            # with an index, only the products count
+        boxes = None
         if student_boxes is not None:
             if index is not None or weight is not None:
                 raise ValueError("which patches match? boxes or an index say it, not both; a weight needs an index")
             _check("student_boxes", student_boxes, (V, B, 5), device)
             _check("teacher_boxes", teacher_boxes, (Q, B, 5), device)
             boxes = student_boxes[first:first + v]
-            grids = *_check_view("student", boxes, grid, Ns), *_check_view("teacher", teacher_boxes, teacher_grid, Nt)
+            grids = (*_check_view("student", boxes, grid, Ns),
+                     *_check_view("teacher", teacher_boxes, teacher_grid, Nt))
             if fused and hinge:
                 boxes = torch.cat([boxes, teacher_boxes]).double()
                 boxes[..., :2] -= teacher_boxes[0, :, :2]               # far from the origin, float32 is too coarse
@@ -402,7 +416,7 @@ class _LinearLogSumExp(_WithSaved):
         return upstream * (p @ w), p.T @ (upstream * z)
 
 class _CrossEntropy(_WithSaved):
-    """- sum(target * log_softmax(x)), targets (..., K) of sums (..., 1). The gradient is made on the way: few passes."""
+    """- sum(target * log_softmax(x)), targets (..., K) of sum total (..., 1). In few passes, with the gradient."""
     @staticmethod
     def forward(x, target, total):
         log_s = torch.log_softmax(x, dim=-1)
@@ -475,7 +489,8 @@ if triton is not None:
     @triton.jit
     def _nearest_cell(cell, S, T, s_cells, t_cells):
         """As in `geometric_matches`; integers below 2^24 stay exact, so ties fall as they do there."""
-        s_start, s_size, t_start, t_size = tl.load(S), tl.load(S + 2), tl.load(T), tl.load(T + 2)
+        s_start, s_size = tl.load(S), tl.load(S + 2)
+        t_start, t_size = tl.load(T), tl.load(T + 2)
         at = tl.div_rn(((2 * cell + 1) * s_size + 2 * s_cells * (s_start - t_start)) * t_cells, 2 * s_cells * t_size)
         nearest = tl.minimum(tl.maximum(tl.floor(at), 0.0), t_cells - 1.0)
         return nearest, (at - nearest - 0.5) * t_size / t_cells, s_size / s_cells, t_size / t_cells
@@ -492,7 +507,8 @@ if triton is not None:
             m = tl.minimum(tl.maximum(m, 0), T_ROWS * T_COLS - 1)       # never another tensor's memory
             weight = tl.load(WEIGHT + at).to(tl.float32)
         else:                                   # as in `geometric_matches`
-            S, T = BOXES + (b * (V + Q) + v) * 5, BOXES + (b * (V + Q) + V + q) * 5
+            S = BOXES + (b * (V + Q) + v) * 5
+            T = BOXES + (b * (V + Q) + V + q) * 5
             row, dy, s_y, t_y = _nearest_cell(n // S_COLS, S, T, S_ROWS, T_ROWS)
             col = tl.where(tl.load(S + 4) > 0, S_COLS - 1 - n % S_COLS, n % S_COLS)
             col, dx, s_x, t_x = _nearest_cell(col, S + 1, T + 1, S_COLS, T_COLS)
@@ -504,12 +520,14 @@ if triton is not None:
         return ((q * B + b) * (T_ROWS * T_COLS) + m).to(tl.int64), end, weight
 
     @triton.jit
-    def _student_kernel(S, P, LOSS, DS, BOXES, INDEX, WEIGHT, q, V, Q, B, K, scale, skip, S_ROWS: tl.constexpr,
-                        S_COLS: tl.constexpr, T_ROWS: tl.constexpr, T_COLS: tl.constexpr, UNIT: tl.constexpr,
-                        BLOCK: tl.constexpr):
+    def _student_kernel(S, P, LOSS, DS, BOXES, INDEX, WEIGHT, q, V, Q, B, K, scale, skip,
+                        S_ROWS: tl.constexpr, S_COLS: tl.constexpr,
+                        T_ROWS: tl.constexpr, T_COLS: tl.constexpr,
+                        UNIT: tl.constexpr, BLOCK: tl.constexpr):
         """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp."""
         NS: tl.constexpr = S_ROWS * S_COLS
-        b, rest = tl.program_id(0) // (V * NS), tl.program_id(0) % (V * NS)
+        b = tl.program_id(0) // (V * NS)
+        rest = tl.program_id(0) % (V * NS)
         v, n = rest // NS, rest % NS
         row = ((v * B + b) * NS + n).to(tl.int64)
         row0, end0, w0 = _matched_row(q, b, v, n, V, Q, B, K, skip, BOXES, INDEX, WEIGHT,
@@ -517,7 +535,9 @@ if triton is not None:
         row1, end1, w1 = _matched_row(q + 1, b, v, n, V, Q, B, K, skip, BOXES, INDEX, WEIGHT,
                                       S_ROWS, S_COLS, T_ROWS, T_COLS)
         end = tl.maximum(end0, end1)
-        S, P0, P1 = S + row * K, P + row0 * K, P + row1 * K
+        S += row * K
+        P0 = P + row0 * K
+        P1 = P + row1 * K
         tile, peak, total = _start(BLOCK)
         mass = tl.zeros([BLOCK // 8, 8], tl.float32)
         dot = tl.zeros([BLOCK // 8, 8], tl.float32)
@@ -555,12 +575,14 @@ class _TritonLoss(torch.autograd.Function):
     def forward(ctx, step, grad_enabled, matches, student_temp, teacher_temp, teacher_z, teacher_weight, center,
                 student_weight, *students):
         Q, B, _, _ = teacher_z.shape
-        head, K = student_weight is not None, len(center)
+        head = student_weight is not None
+        K = len(center)
         needs_weight, *needs = (grad_enabled and x for x in ctx.needs_input_grad[8:])
         logit_type, grad_type, grad_weight = teacher_z.dtype, None, None
         if head:
             logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
-            weight, teacher_weight = student_weight.to(logit_type), teacher_weight.to(logit_type)
+            weight = student_weight.to(logit_type)
+            teacher_weight = teacher_weight.to(logit_type)
             weight_for_grad = student_weight.to(grad_type)
             grad_weight = torch.zeros_like(student_weight, dtype=torch.float32) if needs_weight else None
         unit = UNIT if logit_type.itemsize == 2 else 1
@@ -576,8 +598,9 @@ class _TritonLoss(torch.autograd.Function):
             p = t if head else torch.empty_like(t, dtype=torch.float16 if unit > 1 else torch.float32)
             _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **launch)
             for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
-                z, ds, match = students[i][:, chunk], None, matches[i]
-                # clone: Triton compiles a kernel again for a pointer that is no multiple of 16 bytes, as a slice's may be
+                z, match = students[i][:, chunk], matches[i]
+                ds = None
+                # clone: for a pointer that is no multiple of 16 bytes, as a slice's may be, Triton compiles again
                 tables = [x if x is None else x[chunk].clone() for x in (match.boxes, match.index, match.weight)]
                 s = z.to(logit_type).contiguous() @ weight.T if head else z.contiguous()            # (v, b, Ns, K)
                 if needs_weight or needs[i]:
