@@ -228,7 +228,7 @@ def _prepare(students, teacher, fused, skip_same_view,
         skip = -first if skip_same_view else V                          # v - q is never V
         grids = Ns, 1, Nt, 1                                            # with an index, only the products count
         boxes = None
-        if student_boxes is not None:
+        if student_boxes is not None or teacher_boxes is not None:
             if index is not None or weight is not None:
                 raise ValueError("which patches match? boxes or an index say it, not both; a weight needs an index")
             _check("student_boxes", student_boxes, (V, B, 5), device)

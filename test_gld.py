@@ -484,6 +484,7 @@ BAD_ARGUMENTS = [                       # of local_cross_entropy
     (dict(student_grid=(3, 4)), r"student_grid must be .* 9 patches, got \(3, 4\)"),
     (dict(student_grid=(1.8, 5)), "student_grid"),
     (dict(index=BY_INDEX["index"]), "boxes or an index"),
+    (dict(student_boxes=None), "student_boxes must be .*NoneType"),
     (dict(weight=torch.ones(3, 2, 2, 9)), "a weight needs an index"),
     (dict(student_temp=0), "student_temp must be a number > 0, and finite, got 0"),
     (dict(student_temp=math.inf), "student_temp must be a number > 0, and finite, got inf"),
