@@ -233,16 +233,15 @@ def _prepare(students, teacher, fused, skip_same_view,
                 raise ValueError("which patches match? boxes or an index say it, not both; a weight needs an index")
             _check("student_boxes", student_boxes, (V, B, 5), device)
             _check("teacher_boxes", teacher_boxes, (Q, B, 5), device)
-            boxes = student_boxes[first:first + v]
-            grids = (*_check_view("student", boxes, grid, Ns),
+            s_boxes = student_boxes[first:first + v]
+            grids = (*_check_view("student", s_boxes, grid, Ns),
                      *_check_view("teacher", teacher_boxes, teacher_grid, Nt))
             if fused and hinge:
-                boxes = torch.cat([boxes, teacher_boxes]).double()
+                boxes = torch.cat([s_boxes, teacher_boxes]).double()
                 boxes[..., :2] -= teacher_boxes[0, :, :2]               # far from the origin, float32 is too coarse
                 boxes = boxes.float().transpose(0, 1).contiguous()
             else:
-                index, weight = geometric_matches(boxes[:, None], teacher_boxes, grids[:2], grids[2:], hinge)
-                boxes = None
+                index, weight = geometric_matches(s_boxes[:, None], teacher_boxes, grids[:2], grids[2:], hinge)
         elif index is None:
             if Ns * Nt != 1:
                 raise ValueError(f"which patches match? without boxes or index, Ns = Nt = 1; got Ns = {Ns}, Nt = {Nt}")
