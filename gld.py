@@ -204,8 +204,8 @@ def patch_midpoints(box, grid):
     return torch.stack([y, x], dim=-1).flatten(0, 1)
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
-    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight. It is 0 if their
-    distance is at least half the diagonal of the larger patch: then the teacher does not see this place. Else it is 1.
+    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight: 0 if their
+    distance is at least half the diagonal of the larger patch, as the teacher does not see this place then. Else 1.
     ("Hinge" is the official code's name for this rule of the paper. Without it, every weight is 1.)"""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
