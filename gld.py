@@ -45,7 +45,6 @@ Part I is the paper: read it from top to bottom. Part II is what it calls. match
 """
 import argparse
 import contextlib
-import errno
 import fcntl
 import json
 import math
