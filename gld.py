@@ -87,7 +87,7 @@ MAX_OVERFLOWS = 20
 # ------------------------------------------------------------------------------------------------ views and boxes
 
 class Views(NamedTuple):
-    """The G views of one size of one image, and how to augment them. `load_batch` flips and augments them. It
+    """The G views of one size of one image, and how to flip and augment them. `load_batch` does that for a batch: it
     gives pixels (G, B, 3, S, S) for each of the two sizes, and the boxes (V, B, 5) of both together."""
     crops: torch.Tensor             # (G, 3, S, S) uint8, cropped and resized, not yet flipped or augmented
     boxes: torch.Tensor             # (G, 5) top, left, height, width, flip
