@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -95,7 +96,7 @@ def reference_cross_entropy(student_logits, teacher_logits, center, student_temp
     target = F.softmax((teacher_logits - center) / teacher_temp, dim=-1).detach()
     loss = 0
     for (v, s), (q, t) in itertools.product(enumerate(student_logits), enumerate(target)):
-        matched = t.gather(1, index[v, q, ..., None].expand(-1, -1, t.shape[-1]))                       # (B, Ns, K)
+        matched = torch.take_along_dim(t, index[v, q, ..., None], dim=1)                                # (B, Ns, K)
         cross_entropy = -(matched * F.log_softmax(s / student_temp, dim=-1)).sum(-1)
         loss = loss + (weight[v, q] * cross_entropy).mean()
     return loss
@@ -122,7 +123,7 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
             student_boxes (V, B, 5), teacher_boxes (Q, B, 5), student_grid, teacher_grid, hinge: by geometry;
             index (V, Q, B, Ns), integers in [0, Nt), -1: unmatched; and weight (V, Q, B, Ns), floats >= 0, default 1;
             nothing (or a weight), if Ns = Nt = 1: the loss of whole images.
-    Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the centre.
+    Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the center.
     Raises: ValueError where arguments do not fit; on a GPU, which would have to wait, values are not looked at.
 
     The losses of other code, with its names. `...` stands for center, student_temp, teacher_temp.
@@ -137,7 +138,7 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
         DINOv2, M masked tokens of n images, logits and masks_weight (M, K), (M,):
             s, t, weight = s.view(1, M, 1, K), t.view(1, M, 1, K), (masks_weight * M / n).view(1, 1, M, 1)
             local_cross_entropy(s, t, ..., weight=weight)
-        Sinkhorn-Knopp (DINOv2, SwAV) has a centre, too: -teacher_temp * log(r), with r (K,) the product of all factors
+        Sinkhorn-Knopp (DINOv2, SwAV) has a center, too: -teacher_temp * log(r), with r (K,) the product of all factors
             that a prototype was multiplied by. Or, from its probabilities: t = p.log(), a zero center, teacher_temp=1.
 
     Wrong without an error:
@@ -173,7 +174,7 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
     In DINO's code: the weights are `F.normalize(layer.weight_v, dim=1) * layer.weight_g`, made in each step: an old
         `last_layer.weight` of `nn.utils.weight_norm` is wrong without an error. With
         DistributedDataParallel(find_unused_parameters=True), return the weight from `forward`.
-        The centre's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
+        The center's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
     Autograd: above max_bytes the torch path computes twice: until `backward`, change no input in place, and make none
         in inference mode. torch.func.grad needs impl="torch". A NaN in an unmatched row of z may reach
         student_weight's gradient.
@@ -189,7 +190,7 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
                        student_boxes, teacher_boxes, student_grid, teacher_grid, hinge, index, weight)
     B = step = max(1, teacher_z.shape[1])
     if student_weight is not None:
-        step = _images_at_a_time(student_z, teacher_z, len(center), fused, max_bytes)
+        step = _images_at_a_time(B, student_z, teacher_z, len(center), fused, max_bytes)
     arguments = (matches, float(student_temp), float(teacher_temp),
                  teacher_z, teacher_weight, center.clone(),
                  student_weight, *student_z)
@@ -205,12 +206,13 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
 # -------------------------------------------------------------------------------------- arguments and matches
 
 class Matches(NamedTuple):
-    """The matches of the student views of one size, as both paths read them: index and weight, or boxes; None else."""
-    index: torch.Tensor                 # (B, v, Q, Ns) int32 into a teacher view's patches, -1: unmatched
-    weight: torch.Tensor                # (B, v, Q, Ns), 0: unmatched
-    boxes: torch.Tensor                 # (B, v + Q, 5) float32, the student's first: the kernel finds the matches
+    """The matches of the student views of one size, as both paths read them: boxes, or index and weight; None else."""
+    boxes: Tensor                       # (B, v + Q, 5) float32, the student's first: the kernel finds the matches
+    index: Tensor                       # (B, v, Q, Ns) int32 into a teacher view's patches, -1: unmatched
+    weight: Tensor                      # (B, v, Q, Ns), 0: unmatched
     grids: tuple                        # rows and columns of a student view, then of a teacher view
     skip: int                           # views with v - q = skip are no pair
+    rows: int                           # of a student view: the mean is over B * Ns
 
 def _prepare(students, teacher, fused, skip_same_view,
              student_boxes, teacher_boxes, student_grids, teacher_grid, hinge,
@@ -245,11 +247,11 @@ def _prepare(students, teacher, fused, skip_same_view,
         elif index is None:
             if Ns * Nt != 1:
                 raise ValueError(f"which patches match? without boxes or index, Ns = Nt = 1; got Ns = {Ns}, Nt = {Nt}")
-            index = torch.zeros(v, Q, B, 1, dtype=torch.int64, device=device)
+            index = teacher.new_zeros(v, Q, B, 1, dtype=torch.int64)
         if boxes is None:
             _check("index", index, (v, Q, B, Ns), device)
             index, weight = _prepare_index(index, weight, Nt, skip)
-        prepared.append(Matches(index, weight, boxes, grids, skip))
+        prepared.append(Matches(boxes, index, weight, grids, skip, max(1, B * Ns)))
         first += v
     return prepared
 
@@ -258,9 +260,9 @@ def _prepare_index(index, weight, Nt, skip):
     if index.dtype == torch.bool or index.is_floating_point():
         raise ValueError(f"index must hold integers, got {index.dtype}")
     index = index.long()                                                # -1 is no uint8
-    weight = torch.ones(index.shape, device=index.device) if weight is None else weight
+    if weight is None:
+        weight = torch.ones_like(index, dtype=torch.float32)
     _check("weight", weight, tuple(index.shape), index.device)
-    weight = weight.detach()
     if _has_values(index):
         if ((index < -1) | (index >= Nt)).any():
             raise ValueError(f"index must be in [0, {Nt}), or -1")
@@ -268,18 +270,17 @@ def _prepare_index(index, weight, Nt, skip):
             raise ValueError("weight must be finite and >= 0")
     matched = (index >= 0) & (weight > 0)
     matched.diagonal(-skip).fill_(False)                                # (Ns, B) of the views that are no pair
-    index = index.int().where(matched, -1).movedim(2, 0)
-    weight = weight.where(matched, 0).movedim(2, 0)
-    return index.contiguous(), weight.contiguous()
+    index = index.int().where(matched, -1)
+    weight = weight.detach().where(matched, 0)
+    return [x.movedim(2, 0).contiguous() for x in (index, weight)]
 
-def _images_at_a_time(students, teacher, K, fused, max_bytes):
+def _images_at_a_time(B, students, teacher, K, fused, max_bytes):
     """The logits of how many images fit in max_bytes, such that the chunks are of about equal size."""
     *of_students, of_teacher = [z.shape[0] * z.shape[2] for z in (*students, teacher)]
     # the Triton path makes and frees the logits of one size after the other
     rows = of_teacher + (max(of_students) if fused else sum(of_students))
     bytes_per_image = rows * K * (2 if fused and teacher.is_cuda else 4)
     most = max(1, max_bytes // max(1, bytes_per_image))
-    B = max(1, teacher.shape[1])
     return math.ceil(B / math.ceil(B / most))
 
 def _check_inputs(students, student_weight, teacher, teacher_weight, center):
@@ -295,32 +296,33 @@ def _check_inputs(students, student_weight, teacher, teacher_weight, center):
         _check("student_weight", student_weight, ("K", width), device)
         K = len(student_weight)
         _check("teacher_weight", teacher_weight, (K, width), device)
-    if isinstance(center, torch.Tensor):
-        center = center.flatten()                                       # DINO's centre is (1, K)
+    if isinstance(center, Tensor):
+        center = center.flatten()                                       # DINO's center is (1, K)
     _check("center", center, (K,), device)
-    if min(sum(map(len, students)), Q, K) == 0:
-        raise ValueError(f"no views or no prototypes: {sum(map(len, students))} student views, Q = {Q}, K = {K}")
+    V = sum(map(len, students))
+    if min(V, Q, K) == 0:
+        raise ValueError(f"no views or no prototypes: {V} student views, Q = {Q}, K = {K}")
     return center
 
 # Messages are made only for an error: to format a size would tie what torch.compile traces to this one size.
 
 def _check(name, x, shape, device):
     """x must be a tensor of this shape on this device. A letter in the shape stands for any length."""
-    fits = isinstance(x, torch.Tensor) and x.ndim == len(shape) and x.device == device
+    fits = isinstance(x, Tensor) and x.ndim == len(shape) and x.device == device
     fits = fits and all(isinstance(n, str) or n == size for n, size in zip(shape, x.shape))
     if not fits:
-        found = f"{tuple(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+        found = f"{tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
         shape = str(shape).replace("'", "")
         raise ValueError(f"{name} must be {shape} on {device}, got {found}")
 
 def _check_positive(name, x):
-    number = isinstance(x, numbers.Real) or (isinstance(x, torch.Tensor) and x.numel() == 1)
+    number = isinstance(x, numbers.Real) or isinstance(x, Tensor) and x.numel() == 1
     if not number or not 0 < x < math.inf:
         raise ValueError(f"{name} must be a number > 0, and finite, got {x!r}")
 
 def _check_view(side, boxes, grid, patches=None):
     """Check the boxes and the grid of the student's or the teacher's views. Returns: rows, cols, Python integers."""
-    valid = isinstance(boxes, torch.Tensor) and boxes.shape[-1:] == (5,)
+    valid = isinstance(boxes, Tensor) and boxes.shape[-1:] == (5,)
     if valid and _has_values(boxes):
         valid = boxes.isfinite().all() and (boxes[..., 2:4] > 0).all()
     if not valid:
@@ -330,13 +332,12 @@ def _check_view(side, boxes, grid, patches=None):
     except (TypeError, ValueError):                                     # not integers, or not two
         rows = cols = 0
     if min(rows, cols) < 1 or patches not in (None, rows * cols):
-        patches = "integers > 0" if patches is None else f"{patches} patches"
-        raise ValueError(f"{side}_grid must be (rows, cols), {patches}, got {grid}")
+        raise ValueError(f"{side}_grid must be (rows, cols), integers > 0, of {patches or 'any'} patches, got {grid}")
     return rows, cols
 
 def _has_values(x):
     """Without waiting for a GPU. Fake tensors and those that torch.compile traces have no values."""
-    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 def _use_triton(impl, x):
     possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
@@ -375,9 +376,8 @@ def _torch_loss(images, matches, student_temp, teacher_temp, teacher_z, teacher_
     for z, match in zip(students, matches):
         index = match.index[images].movedim(0, 2)                       # (v, Q, b, Ns)
         rows = torch.where(index < 0, len(u) - 1, first_row + index)
-        rows_in_mean = max(1, teacher_z.shape[1] * z.shape[2])          # B and Ns
-        weights = match.weight[images].movedim(0, 2).to(dtype) / rows_in_mean
-        for view, row, weight in zip(z[:, images].to(dtype).unbind(), rows, weights):
+        weights = match.weight[images].movedim(0, 2).to(dtype) / match.rows
+        for view, row, weight in zip(z[:, images].to(dtype), rows, weights):
             total = weight.sum(0)[..., None]                            # (b, Ns, 1)
             x = torch.where(total > 0, view, 0).div_(student_temp)      # an unmatched row may hold NaN
             if head:
@@ -420,9 +420,9 @@ class _CrossEntropy(_WithSaved):
     def forward(x, target, total):
         log_s = torch.log_softmax(x, dim=-1)
         grad = log_s.exp().mul_(total).sub_(target)
-        broken = log_s[..., 0].isnan() | target[..., 0].isnan()         # softmax: a NaN fills its row
-        loss = -log_s.mul_(target).nansum(-1)                           # 0 * -inf, the only other NaN, adds nothing
-        return torch.where(broken, math.nan, loss).sum(), grad
+        loss = -log_s.mul_(target).nansum(-1)                           # 0 * -inf is NaN, and adds nothing
+        loss[grad[..., 0].isnan()] = math.nan                           # any other NaN fills its row of the gradient
+        return loss.sum(), grad
 
     @staticmethod
     def backward(ctx, upstream, _):
@@ -448,7 +448,7 @@ class _CrossEntropy(_WithSaved):
 
 if triton is not None:
     @triton.jit
-    def _load_tile(ROW, cols, end, other):
+    def _load_tile(ROW, cols, end, other=0.0):
         """A tile of a row as float32; `other` from column `end` on."""
         return tl.load(ROW + cols, mask=cols < end, other=other).to(tl.float32)
 
@@ -461,13 +461,13 @@ if triton is not None:
     @triton.jit
     def _log2_sum(peak, total):
         """Of all groups."""
-        top = tl.max(peak, axis=0)
-        return top + tl.log2(tl.sum(total * tl.exp2(peak - top), axis=0))
+        top = tl.max(peak)
+        return top + tl.log2(tl.sum(total * tl.exp2(peak - top)))
 
     @triton.jit
     def _start(BLOCK: tl.constexpr):
         """The columns (G, 8) of the first tile, and a log-sum-exp of nothing."""
-        tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tile = tl.arange(0, BLOCK).reshape(BLOCK // 8, 8)
         return tile, tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
 
     @triton.jit
@@ -477,12 +477,12 @@ if triton is not None:
         tile, peak, total = _start(BLOCK)
         for k in range(0, K, BLOCK):
             cols = k + tile
-            x = _load_tile(T + start, cols, K, float("-inf")) - _load_tile(CENTER, cols, K, 0.0)
+            x = _load_tile(T + start, cols, K, float("-inf")) - _load_tile(CENTER, cols, K)
             peak, total = _add_exp2(peak, total, x, scale)
         lse2 = _log2_sum(peak, total)
         for k in range(0, K, BLOCK):
             cols = k + tile
-            x = _load_tile(T + start, cols, K, float("-inf")) - _load_tile(CENTER, cols, K, 0.0)
+            x = _load_tile(T + start, cols, K) - _load_tile(CENTER, cols, K)
             tl.store(P + start + cols, tl.exp2(x * scale - lse2) * UNIT, mask=cols < K)
 
     @triton.jit
@@ -507,7 +507,7 @@ if triton is not None:
             weight = tl.load(WEIGHT + at).to(tl.float32)
         else:                                   # as in `geometric_matches`
             S = BOXES + (b * (V + Q) + v) * 5
-            T = BOXES + (b * (V + Q) + V + q) * 5
+            T = S + (V - v + q) * 5
             row, dy, s_y, t_y = _nearest_cell(n // S_COLS, S, T, S_ROWS, T_ROWS)
             col = tl.where(tl.load(S + 4) > 0, S_COLS - 1 - n % S_COLS, n % S_COLS)
             col, dx, s_x, t_x = _nearest_cell(col, S + 1, T + 1, S_COLS, T_COLS)
@@ -525,9 +525,9 @@ if triton is not None:
                         UNIT: tl.constexpr, BLOCK: tl.constexpr):
         """One student row: LOSS and, if there is a DS (it may be S), its gradient times UNIT * student_temp."""
         NS: tl.constexpr = S_ROWS * S_COLS
-        b = tl.program_id(0) // (V * NS)
-        rest = tl.program_id(0) % (V * NS)
-        v, n = rest // NS, rest % NS
+        view = tl.program_id(0) // NS
+        n = tl.program_id(0) % NS
+        b, v = view // V, view % V
         row = ((v * B + b) * NS + n).to(tl.int64)
         row0, end0, w0 = _matched_row(q, b, v, n, V, Q, B, K, skip, BOXES, INDEX, WEIGHT,
                                       S_ROWS, S_COLS, T_ROWS, T_COLS)
@@ -539,26 +539,26 @@ if triton is not None:
         P1 = P + row1 * K
         tile, peak, total = _start(BLOCK)
         mass = tl.zeros([BLOCK // 8, 8], tl.float32)
-        dot = tl.zeros([BLOCK // 8, 8], tl.float32)
+        dot = tl.zeros_like(mass)
         for k in range(0, end, BLOCK):          # an unmatched row reads nothing
             cols = k + tile
             s = _load_tile(S, cols, end, float("-inf"))
-            p = w0 * _load_tile(P0, cols, end0, 0.0) + w1 * _load_tile(P1, cols, end1, 0.0)
+            p = w0 * _load_tile(P0, cols, end0) + w1 * _load_tile(P1, cols, end1)
             mass += p                           # before the exponentials: all loads come first
             dot += p * tl.where(p == 0, 0.0, s)                         # 0 * -inf would be NaN
             peak, total = _add_exp2(peak, total, s, scale)
         lse2 = tl.where(end > 0, _log2_sum(peak, total), 0.0)
-        loss2 = tl.sum(tl.sum(lse2 * mass - scale * dot, axis=1), axis=0)
+        loss2 = tl.sum(lse2 * mass - scale * dot)
         tl.store(LOSS + row, loss2 * (0.6931471805599453 / UNIT))       # log(2)
         if DS is not None:
             weight = UNIT * (tl.where(end0 > 0, w0, 0.0) + tl.where(end1 > 0, w1, 0.0))
             for k in range(0, K, BLOCK):
                 cols = k + tile
-                s = _load_tile(S, cols, end, float("-inf"))
-                p = w0 * _load_tile(P0, cols, end0, 0.0) + w1 * _load_tile(P1, cols, end1, 0.0)
+                s = _load_tile(S, cols, end)
+                p = w0 * _load_tile(P0, cols, end0) + w1 * _load_tile(P1, cols, end1)
                 tl.store(DS + row * K + cols, weight * tl.exp2(s * scale - lse2) - p, mask=cols < K)
 
-    INTERPRETED = not isinstance(_student_kernel, triton.runtime.JITFunction)
+    INTERPRETED = not isinstance(_student_kernel, triton.JITFunction)
 
 LOG2_E = math.log2(math.e)
 UNIT = 2 ** 14                          # in 16 bits, probabilities and gradients are stored times this
@@ -587,8 +587,7 @@ class _TritonLoss(torch.autograd.Function):
         unit = UNIT if logit_type.itemsize == 2 else 1
         launch = LAUNCH | dict(UNIT=unit)
         grads = [torch.zeros_like(z, dtype=torch.float32) if head else None for z in students]
-        mean = [1 / max(1, B * z.shape[2]) for z in students]           # over B and Ns
-        ctx.scales = [factor / (unit * student_temp) for factor in mean]
+        ctx.scales = [1 / (match.rows * unit * student_temp) for match in matches]
         total = teacher_z.new_zeros((), dtype=torch.float32)
         for start in range(0, max(1, B), step):                         # no images: one round of no programs
             chunk = slice(start, start + step)
@@ -600,7 +599,7 @@ class _TritonLoss(torch.autograd.Function):
                 z, match = students[i][:, chunk], matches[i]
                 ds = None
                 # clone: for a pointer that is no multiple of 16 bytes, as a slice's may be, Triton compiles again
-                tables = [x if x is None else x[chunk].clone() for x in (match.boxes, match.index, match.weight)]
+                tables = [x if x is None else x[chunk].clone() for x in match[:3]]     # boxes, index, weight
                 s = z.to(logit_type).contiguous() @ weight.T if head else z.contiguous()            # (v, b, Ns, K)
                 if needs_weight or needs[i]:
                     # ready logits: a match's weight may be too large for float16 gradients
@@ -609,7 +608,7 @@ class _TritonLoss(torch.autograd.Function):
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)
                 _student_kernel[(loss.numel(),)](s, p, loss, ds, *tables, q, len(s), Q, s.shape[1], K,
                                                  LOG2_E / student_temp, match.skip, *match.grids, **launch)
-                total += loss.sum() * mean[i]
+                total += loss.sum() / match.rows
                 if needs_weight:
                     grad_weight.add_(ds.view(-1, K).T @ z.flatten(0, 2).to(grad_type), alpha=ctx.scales[i])
                 if needs[i] and head:
@@ -625,11 +624,9 @@ class _TritonLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         if torch.is_grad_enabled():             # create_graph=True
             raise RuntimeError("the Triton loss cannot be differentiated twice; impl='torch' can")
-        grad_weight, *grads = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight = grad_weight * upstream
-        for i, (grad, scale) in enumerate(zip(grads, ctx.scales)):
+        grads = list(ctx.saved_tensors)
+        for i, (grad, scale) in enumerate(zip(grads, (1, *ctx.scales))):         # the weight's is scaled already
             if grad is not None:
                 # [None]: a vector, so that the product is rounded once, at the end; a small factor is no float16
                 grads[i] = torch.mul(grad, (upstream * scale)[None], out=torch.empty_like(grad))
-        return *[None] * 8, grad_weight, *grads         # none for the eight arguments before student_weight
+        return *[None] * 8, *grads              # none for the eight arguments before student_weight
