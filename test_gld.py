@@ -2068,14 +2068,17 @@ def test_printing_never_ends_a_run(tmp_path, monkeypatch):
     """In an encoding that lacks ± and a file's name, into a closed pipe or on a full disk."""
     monkeypatch.chdir(tmp_path)
     save_classes(tmp_path / "data", 5)
-    (tmp_path / os.fsdecode(b"data/train/a/\xff.png")).write_text("no image")
-    options = f"{QUICK} --data data --preset small --data-fraction 1 --device cpu --output".split()
+    save_pictures(tmp_path / "odd", 9)
+    (tmp_path / os.fsdecode(b"odd/\xff.png")).write_text("no image")
+    train = f"{QUICK} --data odd --preset small --data-fraction 1 --batch-size 10 --no-resume --device cpu"
+    evaluate = "--checkpoint 0/checkpoint.pt 1/checkpoint.pt --data data --k 3 --workers 0 --device cpu"
     reader, closed = os.pipe()
     os.close(reader)
-    for number, output in enumerate((closed, "/dev/full")):
+    for output in (closed, "/dev/full"):
         with open(output, "w", encoding="ascii") as file, contextlib.redirect_stdout(file):
-            assert gld.main([*options, "0"]) == gld.main([*options, "1", "--seed", "1"]) == 0
-            assert eval_knn.main("--checkpoint 0/checkpoint.pt 1/checkpoint.pt --device cpu --workers 0".split()) == 0
+            for seed in "01":
+                assert gld.main(f"{train} --seed {seed} --output {seed}".split()) == 0
+            assert eval_knn.main(evaluate.split()) == 0
 
 def test_a_dead_worker_ends_the_run(tmp_path):
     process = launch(f"gld.py {QUICK} --workers 2 --epochs 50", tmp_path)
