@@ -1275,6 +1275,7 @@ def test_triton_training_has_the_losses_of_the_cpu(precision, monkeypatch, tmp_p
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)                        # of ImageNet's red, green and blue
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 JITTER = ("brightness", "contrast", "saturation", "hue")
+
 def unchanged(crops, boxes):
     """Views (G, ...) of one image that are flipped as their boxes say, but not changed in colour."""
     n = len(crops)
@@ -1495,7 +1496,7 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
         if "to_" not in name:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(path, format="png")
-    for link, target in {"c": "../c", "a/to_b": "../b", "b/to_a": "../a", "b/self": "."}.items():
+    for link, target in {"c": "../c", "a/to_b": "../b", "b/to_a": "../a", "c/self": "."}.items():
         (tmp_path / "set" / link).symlink_to(target)
     images = training_images(tmp_path / "set")
     if ".avif" in Image.registered_extensions():
