@@ -4,6 +4,7 @@ CUDA without a GPU, views, images, networks, training, faults, bad input, evalua
 import os
 os.environ["OMP_NUM_THREADS"] = "1"     # also in subprocesses: threads that share a core wait for each other
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -26,6 +27,7 @@ import threading
 import time
 import warnings
 import weakref
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -77,49 +79,35 @@ def variables_of_ranks(processes):
     shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     return [dict(shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
 
-def run(command, cwd, processes=1, extra=()):
+def run(command, cwd, processes=1, last=""):
     """Run a script as a user does: returncode, stdout, stderr. One process runs in this one; several are forked, and
-    each gets its own words of `extra`, too."""
-    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
-    if "--device" not in words:
-        words += ["--device", "cpu"]
-    script = {"gld.py": gld, "eval_knn.py": eval_knn}[words.pop(0)]
+    the last one gets the words of `last`, too."""
     if processes > 1:
-        return run_forked(script, words, cwd, itertools.zip_longest(variables_of_ranks(processes), extra, fillvalue=""))
+        return run_forked([command] * (processes - 1) + [f"{command} {last}"], cwd)
+    script, *words = shlex.split(command)
     with pytest.MonkeyPatch.context() as patch:
         out, err = io.StringIO(), io.StringIO()
         patch.chdir(cwd)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = script.main(words)
+            code = {"gld.py": gld, "eval_knn.py": eval_knn}[script].main(["--device", "cpu", *words])
     return argparse.Namespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
-def run_forked(script, words, cwd, processes):
-    """`run` for several processes: pairs of the variables and of the extra words of each."""
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+def run_as(variables, command, cwd):
+    """`run` in a forked process."""
+    signal.alarm(120)                   # ends it, if it waits for another one without end
+    os.environ.update(variables)
+    return run(command, cwd)
 
-    def work(variables, extra):
-        os.environ.update(variables)
-        os.chdir(cwd)
-        for number, file in enumerate(files, 1):
-            os.dup2(file.fileno(), number)
-        sys.stdout = os.fdopen(1, "w")
-        sys.stderr = os.fdopen(2, "w")
-        sys.exit(script.main(words + shlex.split(extra)))
-
-    fork = multiprocessing.get_context("fork")
-    started = [fork.Process(target=work, args=pair) for pair in processes]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-    for process in started:
-        process.kill()
-        process.join()
-    for file in files:
-        file.seek(0)
-    codes = [process.exitcode for process in started]
-    out, err = (file.read() for file in files)
-    return argparse.Namespace(returncode=max(codes, key=abs), codes=codes, stdout=out, stderr=err)
+def run_forked(commands, cwd):
+    """`run` for several processes at once; also their `codes`."""
+    if DEVICE == "cuda":
+        pytest.skip("a process that used autograd on a GPU cannot fork others that use autograd")
+    world = len(commands)
+    with concurrent.futures.ProcessPoolExecutor(world, multiprocessing.get_context("fork")) as pool:
+        done = list(pool.map(run_as, variables_of_ranks(world), commands, [cwd] * world))
+    codes = [process.returncode for process in done]
+    out, err = ("".join(getattr(process, name) for process in done) for name in ("stdout", "stderr"))
+    return argparse.Namespace(returncode=max(codes), codes=codes, stdout=out, stderr=err)
 
 def train_ok(options, cwd, processes=1):
     """gld.py with QUICK and these options must succeed. Returns: the finished run."""
@@ -139,6 +127,7 @@ def wait_for(process, words):
     """Read the output of a process until it holds `words`."""
     said = ""
     patience = threading.Timer(200, process.kill)
+    patience.daemon = True              # else pytest would wait for it at its end, if this fails
     patience.start()
     while words not in said:
         line = process.stdout.readline()
@@ -148,13 +137,7 @@ def wait_for(process, words):
 
 def children(pid):
     """Process ids of the children of a process, the oldest first."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):              # it may end meanwhile
-            parent = re.search(r"\) \S (\d+)", path.read_text())[1]
-            if int(parent) == pid:
-                found.append(int(path.parent.name))
-    return sorted(found)
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 def config(*arguments):
     return gld.parse_arguments(["--workers", "0", *map(str, arguments)])
@@ -178,6 +161,11 @@ def save_pictures(folder, n, size=(40, 40)):
     for i in range(n):
         pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:04}.png")
+
+def save_classes(folder, n):
+    """A labelled set: n images in each of two classes, to train on and to evaluate."""
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        save_pictures(folder / name, n)
 
 def random_boxes(*shape, size=500, seed=0):
     """Boxes with fractional sides, so that no midpoint lies exactly on a border; about half of them flipped."""
@@ -1160,24 +1148,21 @@ def test_triton_training_has_the_losses_of_the_cpu(precision, monkeypatch, tmp_p
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)                        # of ImageNet's red, green and blue
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 JITTER = ("brightness", "contrast", "saturation", "hue")
-UNCHANGED = dict(brightness=1, contrast=1, saturation=1, hue=0, order=range(4), grey=0, sigma=0, solarise=0, flip=0)
+
+def unchanged(crops, boxes):
+    """Views (G, ...) of one image that are flipped as their boxes say, but not changed in colour."""
+    n = len(crops)
+    no = torch.zeros(n, dtype=torch.bool)
+    plain = torch.tensor([1.0, 1, 1, 0])
+    return gld.Views(crops, boxes, plain.expand(n, 4), torch.arange(4).expand(n, 4), no, torch.zeros(n), no)
+
+def augmented(views):
+    """gld.augment of the views (G, ...) of one image; returns [0, 1]."""
+    return gld.augment(gld.Views(*(field[None] for field in views)), 2.0)[:, 0] * STD + MEAN
 
 def augment_one(x, **change):
-    """gld.augment of images x (n, 3, H, W) in [0, 1], as one view each, with these parameters; returns [0, 1] again."""
-    n = len(x)
-    values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in (UNCHANGED | change).items()}
-    order = values.pop("order").long().expand(n, 4)
-    values = {name: value.expand(n) for name, value in values.items()}
-    views = gld.Views(
-        crops=(x * 255).round().byte(),
-        boxes=F.pad(values["flip"][:, None], (4, 0)),
-        jitter=torch.stack([values[name] for name in JITTER], -1),
-        order=order,
-        grey=values["grey"] > 0,
-        sigma=values["sigma"],
-        solarise=values["solarise"] > 0)
-    views = gld.Views(*(field[:, None] for field in views))
-    return gld.augment(views, 2.0)[0] * STD + MEAN
+    """Images x (n, 3, H, W) in [0, 1], as views with these parameters; returns [0, 1] again."""
+    return augmented(unchanged((x * 255).round().byte(), torch.zeros(len(x), 5))._replace(**change))
 
 def random_pixels(n):
     return torch.randint(256, (n, 3, 20, 20), generator=torch.manual_seed(0)) / 255
@@ -1195,8 +1180,7 @@ def test_colour_jitter_equals_torchvisions():
         for op in order:
             image = getattr(TF, f"adjust_{JITTER[op]}")(image, factor[op])
         expected.append(image)
-    found = augment_one(x, order=orders, **dict(zip(JITTER, factors.T)))
-    assert_near(found, torch.stack(expected))
+    assert_near(augment_one(x, order=torch.tensor(orders), jitter=factors), torch.stack(expected))
 
 def test_grey_blur_solarisation_and_flip_equal_torchvisions():
     """Each alone, in every other image; then together, in the order of DINO."""
@@ -1204,13 +1188,18 @@ def test_grey_blur_solarisation_and_flip_equal_torchvisions():
     sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0, 0.3])
     blurred = [TF.gaussian_blur(image, [13, 13], [s, s]) for image, s in zip(x, sigma.tolist())]
     assert_near(augment_one(x, sigma=sigma), torch.stack(blurred))
-    half = torch.tensor([1.0, 0, 1, 0, 1, 0])
+    half = torch.tensor([True, False] * 3)
     solarised = TF.solarize((x * 255).round().byte(), 128) / 255
-    for name, changed in dict(grey=TF.rgb_to_grayscale(x, 3), flip=x.flip(-1), solarise=solarised).items():
-        assert_near(augment_one(x, **{name: half}), torch.where(half.view(-1, 1, 1, 1) > 0, changed, x))
+    for change, changed in (
+            (dict(grey=half), TF.rgb_to_grayscale(x, 3)),
+            (dict(solarise=half), solarised),
+            (dict(boxes=F.pad(half[:, None], (4, 0))), x.flip(-1))):
+        assert_near(augment_one(x, **change), torch.where(half.view(-1, 1, 1, 1), changed, x))
     expected = TF.rgb_to_grayscale(TF.adjust_brightness(x, 1.4), 3)
     expected = TF.solarize(TF.gaussian_blur(expected, [13, 13], [0.5, 0.5]), 0.5)
-    found = augment_one(x, brightness=1.4, grey=1, sigma=0.5, solarise=1)
+    everywhere = torch.ones(6) > 0
+    brighter = torch.tensor([1.4, 1, 1, 0]).expand(6, 4)
+    found = augment_one(x, jitter=brighter, grey=everywhere, sigma=torch.full((6,), 0.5), solarise=everywhere)
     assert_near(found, expected, atol=1e-4)
 
 def assert_share(hits, expected):
@@ -1244,35 +1233,23 @@ def test_the_views_of_an_image_have_dinos_sizes_and_distribution():
     roles = (large, 0, (0.4, 1), 1.0, 0.0), (large, 1, (0.4, 1), 0.1, 0.2), (local, 1, (0.05, 0.4), 0.5, 0.0)
     for size, v, scale, blur, solarise in roles:
         views = gld.Views(*(field[:, v] for field in size))
-        crop = torchvision.transforms.RandomResizedCrop(2, scale)
+        crop = torchvision.transforms.RandomResizedCrop
         official = torch.tensor([crop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)])
         ours, theirs = crop_statistics(views.boxes), crop_statistics(official)
         chance = ((ours.var(1) + theirs.var(1)) / n).sqrt()
         assert ((ours.mean(1) - theirs.mean(1)).abs() < 4 * chance).all()
-        assert_close(ours.std(1), theirs.std(1), rtol=0.1, atol=0)
         jittered = views.jitter[:, 3] != 0
         assert_share(views.boxes[:, 4], 0.5)
         assert_share(jittered, 0.8)
         assert_share(views.grey, 0.2)
         assert_share(views.sigma > 0, blur)
         assert_share(views.solarise, solarise)
-        for place, op in np.ndindex(4, 4):
-            assert_share(views.order[:, place] == op, 0.25)
+        assert_share(views.order[:, 0] == 3, 0.25)
         assert (views.jitter[~jittered] == torch.tensor([1.0, 1, 1, 0])).all()
         ranges = (0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)
         for values, (low, high) in zip(views.jitter[jittered].T, ranges):
             assert_uniform(values, low, high)
         assert_uniform(views.sigma[views.sigma > 0], 0.1, 2.0)
-
-def shown_places(part, height, width):
-    """The places (v, N, 2) that patches of 16 pixels show of an image whose colours are its coordinates."""
-    plain = part._replace(
-        jitter=torch.tensor([1.0, 1, 1, 0]).expand_as(part.jitter),
-        grey=torch.zeros_like(part.grey),
-        sigma=torch.zeros_like(part.sigma),
-        solarise=torch.zeros_like(part.solarise))
-    pixels = gld.augment(gld.Views(*(field[None] for field in plain)), 2.0)[:, 0] * STD + MEAN
-    return F.avg_pool2d(pixels[:, :2], 16).flatten(2).mT * torch.tensor([height, width])
 
 def test_matched_patches_show_the_same_place_through_the_real_pipeline():
     """An image whose colours are its coordinates: what a patch shows says where it is."""
@@ -1286,17 +1263,17 @@ def test_matched_patches_show_the_same_place_through_the_real_pipeline():
         torch.manual_seed(seed)
         views = []
         for part, grid in zip(gld.crop_views(image, cfg), cfg.grids):
-            views += [(place, grid, box) for place, box in zip(shown_places(part, H, W), part.boxes)]
+            pixels = augmented(unchanged(part.crops, part.boxes))
+            places = F.avg_pool2d(pixels[:, :2], 16).flatten(2).mT * torch.tensor([H, W])       # (v, N, 2)
+            views += [(place, grid, box) for place, box in zip(places, part.boxes)]
         for place, grid, box in views:
             assert (place - gld.patch_midpoints(box, grid)).abs().max() < 1.5   # 8 bits of colour, and the edges
             for other_place, other_grid, other in views[:2]:
                 index, weight = geometric_matches(box, other, grid, other_grid)
                 cell, other_cell = box[2:4] / torch.tensor(grid), other[2:4] / torch.tensor(other_grid)
-                inside = ((place > other[:2] + 2) & (place < other[:2] + other[2:4] - 2)).all(1)
-                apart = (place - other_place[index]).abs()
-                assert (apart[inside] <= other_cell / 2 + 3).all()              # 3: twice the 1.5 of above
+                apart = (place - other_place[index])[weight > 0].norm(dim=1)
                 half_diagonal = max(cell.norm(), other_cell.norm()) / 2
-                assert (apart[weight > 0].norm(dim=1) < half_diagonal + 5).all()
+                assert (apart < half_diagonal + 5).all()
                 flips.add((box[4].item(), other[4].item()))
                 matches += int((weight > 0).sum())
     assert len(flips) == 4 and matches > 3500
@@ -1317,7 +1294,8 @@ def test_views_depend_on_seed_epoch_and_image_only():
 
 def test_each_epoch_and_seed_has_its_own_order_of_all_images():
     """The same whatever the number of processes, and from the middle on. The brightness of an image is its number."""
-    images = gld.Images(np.arange(8, dtype=np.uint8).repeat(192).reshape(8, 8, 8, 3), np.zeros(8, int), "plain")
+    pixels = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None], (8, 8, 8, 3)).copy()
+    images = gld.Images(pixels, np.zeros(8), "plain")
 
     def order(first=0, world=1, seed=0):
         cfg = config("--batch-size", 4, "--seed", seed)
@@ -1329,7 +1307,7 @@ def test_each_epoch_and_seed_has_its_own_order_of_all_images():
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert order(seed=1)[:8] not in epochs
-    assert order(world=2) == order(world=4) == whole
+    assert order(world=2) == whole
     assert order(first=3) == whole[12:]
 
 # ------------------------------------------------------------------------------------------------ images
@@ -1382,32 +1360,23 @@ def test_images_are_turned_as_their_exif_says(tmp_path):
         expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         assert np.array_equal(gld.decode(path).permute(1, 2, 0), expected), orientation
 
-def files_of(images):
-    return [os.fsdecode(file) for file in images.items]
-
 def test_folders_their_classes_and_what_is_skipped(tmp_path):
-    used = {"a/2.PNG": 0, "a/deep/3.png": 0, "b/1.jfif": 1, "b/1.png": 1, "b/2.JPE": 1, "c/5.png": 2}
+    """Links are followed, but a folder is not entered inside itself."""
+    used = {"a/2.PNG": 0, "a/deep/3.png": 0, "a/to_b/1.jfif": 0, "b/1.jfif": 1, "b/to_a/2.PNG": 1,
+            "b/to_a/deep/3.png": 1, "c/5.JPE": 2}
     for name in (*used, "a/notes.txt", "a/._2.png", ".cache/x.png", "a/.hidden/4.png", "d/6.avif"):
         path = tmp_path / "set" / name.replace("c/", "../c/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(path, format="png")
-    (tmp_path / "set/c").symlink_to("../c")
+        if "to_" not in name:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path, format="png")
+    for link, target in {"c": "../c", "a/to_b": "../b", "b/to_a": "../a", "c/self": "."}.items():
+        (tmp_path / "set" / link).symlink_to(target)
     images = training_images(tmp_path / "set")
     if ".avif" in Image.registered_extensions():
         used["d/6.avif"] = 3
-    assert dict(zip(files_of(images), images.labels.tolist())) == used
+    assert dict(zip(map(os.fsdecode, images.items), images.labels.tolist())) == used
     assert images.items.dtype.kind == "S"               # one array: each worker would copy a million Python strings
     assert training_images(tmp_path / "set/a/deep").labels.tolist() == [0]
-
-def test_links_in_a_circle_are_not_followed(tmp_path):
-    """A folder is not entered inside itself: not by a link to itself, nor by two folders that link to each other."""
-    for name in "ab":
-        save_pictures(tmp_path / "data" / name, 1)
-    (tmp_path / "data/a/self").symlink_to(".")
-    (tmp_path / "data/a/to_b").symlink_to("../b")
-    (tmp_path / "data/b/to_a").symlink_to("../a")
-    found = files_of(training_images(tmp_path / "data"))
-    assert found == ["a/0000.png", "a/to_b/0000.png", "b/0000.png", "b/to_a/0000.png"]
 
 def test_a_folder_that_cannot_be_listed_is_named():
     user = os.geteuid()
@@ -1432,7 +1401,6 @@ def test_a_folder_that_cannot_be_listed_is_named():
     (("Train", "Val"), "", True),
     (("imagenet/train", "imagenet/val"), "", True),
     (("val",), "", True),
-    (("TEST", "a"), "", True),
     (("train/test",), "", False),
     (("train", "val"), "", False),
     (("train", "val"), "train", False),
@@ -1451,15 +1419,12 @@ def test_data_fraction_is_balanced_and_shapes_are_reproducible():
     whole = training_images("shapes")
     part = gld.load_images("shapes", "train", 0.1)
     val = gld.load_images("shapes", "val")
-    counts = np.bincount(whole.labels)
-    assert len(counts) == 12
-    assert np.array_equal(np.bincount(part.labels), np.ceil(counts * 0.1))
+    assert zlib.crc32(whole.items[:24]) == 170560585    # the pixels, which all recorded results depend on
+    assert np.bincount(part.labels).tolist() == [20] * 12
     assert np.array_equal(part.items, gld.load_images("shapes", "train", 0.1).items)
-    assert np.array_equal(whole.items[:24], gld.draw_shapes(24, 0)[0])
     assert not {x.tobytes() for x in whole.items} & {x.tobytes() for x in val.items}
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_files_are_named_counted_and_replaced(tmp_path, monkeypatch, workers):
+def test_unreadable_files_are_named_counted_and_replaced(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     save_pictures(folder, 720)
     whole = (folder / "0000.png").read_bytes()
@@ -1475,7 +1440,7 @@ def test_unreadable_files_are_named_counted_and_replaced(tmp_path, monkeypatch, 
                "link.png": "No such file",
                "float.tif": "32-bit pixels", "int.tif": "32-bit pixels", "huge.png": "bomb"}
     done = train_ok("--data data --preset small --data-fraction 1 --epochs 2 --batch-size 40 --local-views 0 "
-                    f"--workers {workers}", tmp_path)
+                    "--workers 2", tmp_path)
     named = re.findall("cannot be read, replaced by another image: data/(.+?): (.+)", done.stdout)
     assert sorted(name for name, _ in named) == sorted(reasons)                 # once each, not once in each epoch
     for name, reason in named:
@@ -1489,8 +1454,7 @@ def test_more_than_one_percent_of_unreadable_files_end_the_run(tmp_path, process
         (tmp_path / "data" / f"text{i}.jpg").write_text("not an image")
     options = f"--data data --preset small --data-fraction 1 --batch-size {good // 5 + 2} --workers {processes % 2}"
     done = run(f"gld.py {QUICK} {options}", tmp_path, processes)
-    lines = [line for line in done.stderr.splitlines() if "gld.py: error" in line]
-    assert done.returncode == 2 and len(lines) == 1 and "more than 1 %" in lines[0], done.stderr
+    assert_refused(done, "more than 1 %")
 
 def test_one_process_at_a_time_downloads_cifar10(tmp_path, monkeypatch):
     def download(root, **kwargs):
@@ -1533,8 +1497,6 @@ def test_swin_equals_torchvisions_on_large_grids():
     for size in (224, 160):
         x = torch.randn(1, 3, size, size)
         assert_close(ours(x)[0], theirs(x), rtol=1e-4, atol=1e-5)
-    x = x[..., :96, :96]
-    assert (ours(x)[0] - theirs(x)).abs().max() > 1e-3
 
 @torch.no_grad()
 def test_swin_equals_the_official_one_on_small_grids():
@@ -1584,10 +1546,10 @@ def test_heads_give_unit_vectors_and_a_weight_normalised_layer():
 
 def test_stochastic_depth_is_the_students_only():
     cfg = config("--arch", "vit_tiny", "--drop-path", 0.5, "--local-views", 0)
-    state = gld.make_state(cfg, torch.device("cpu"))
+    networks = gld.make_state(cfg, torch.device("cpu"))
     x = [torch.randn(2, 4, 3, 32, 32)]
     for name in ("student", "teacher"):
-        network = state[name]
+        network = networks[name]
         assert torch.equal(network(x).image_z, network(x).image_z) == (name == "teacher")
 
 # ------------------------------------------------------------------------------------------------ training
@@ -1599,30 +1561,35 @@ def test_the_table_of_hyperparameters_holds_the_defaults():
         for preset, value in zip(("small", "paper"), cells):
             assert config("--preset", preset, flag, *value.split()) == config("--preset", preset), (flag, preset)
 
+def watch_state(monkeypatch):
+    """What the next run trains: a dict that is filled when it starts."""
+    state = {}
+
+    def make_state(*args, make=gld.make_state):
+        state.update(make(*args))
+        return state
+    monkeypatch.setattr(gld, "make_state", make_state)
+    return state
+
 def recorded_steps(options, cwd, monkeypatch):
     """Train. Returns: for each step what made it (a namespace of values before its update), and the checkpoint."""
-    networks, steps = [], []
-
-    def make(*args, network=gld.Network):
-        networks.append(network(*args))
-        return networks[-1]
+    state, steps = watch_state(monkeypatch), []
 
     def loss(student, teacher, centers, *args, loss=gld.distillation_loss, **kwargs):
         losses = loss(student, teacher, centers, *args, **kwargs)
-        trained = {name: x for name, x in networks[0].named_parameters() if x.requires_grad}
+        trained = {name: x for name, x in state["student"].named_parameters() if x.requires_grad}
         grads = torch.autograd.grad(losses[0], list(trained.values()), retain_graph=True)
         steps.append(argparse.Namespace(
             student_out=student, teacher_out=teacher, image_loss=losses[1], teacher_temp=kwargs["teacher_temp"],
-            centers=centers.clone(), student=copy.deepcopy(networks[0].state_dict()),
-            teacher=copy.deepcopy(networks[1].state_dict()), grads=dict(zip(trained, grads))))
+            centers=centers.clone(), student=copy.deepcopy(state["student"].state_dict()),
+            teacher=copy.deepcopy(state["teacher"].state_dict()), grads=dict(zip(trained, grads))))
         return losses
 
     def before_update(optimizer, args, kwargs):
         steps[-1].groups = [dict(group) for group in optimizer.param_groups]
-        named = networks[0].named_parameters()
+        named = state["student"].named_parameters()
         steps[-1].clipped = {name: x.grad.clone() for name, x in named if x.grad is not None}
 
-    monkeypatch.setattr(gld, "Network", make)
     monkeypatch.setattr(gld, "distillation_loss", loss)
     with register_optimizer_step_pre_hook(before_update):
         train_ok(options, cwd)
@@ -1690,16 +1657,12 @@ def test_schedules_of_one_step():
     assert gld.cosine(1.0, 0.1, 0, 1, warmup=1) == 0
 
 @pytest.mark.parametrize("limit", [3.0, 0])
-def test_clipping_equals_torchs_for_each_parameter(limit):
+def test_clipping_is_for_each_parameter_and_the_norm_is_of_all(limit):
     grads = [scale * torch.randn(7, 5) for scale in (0, 1e-3, 0.5, 0.6, 10)]
-    together = torch.cat(grads).norm()
-    parameters = [torch.nn.Parameter(grad) for grad in grads]
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad.clone()
-        torch.nn.utils.clip_grad_norm_(parameter, limit or math.inf)
-    assert_close(gld.clip_gradients(grads, limit), together)
-    for grad, parameter in zip(grads, parameters):
-        assert_close(grad, parameter.grad)
+    clipped = [grad.clone() for grad in grads]
+    assert_close(gld.clip_gradients(clipped, limit), torch.cat(grads).norm())
+    for before, after in zip(grads, clipped):
+        assert_close(after, before * min(1, (limit or math.inf) / (before.norm() + 1e-6)))
 
 @pytest.mark.parametrize("matching", ["geometric", "similarity"])
 def test_two_processes_equal_one_with_the_same_command(tmp_path, matching):
@@ -1711,31 +1674,27 @@ def test_two_processes_equal_one_with_the_same_command(tmp_path, matching):
     one, two = (log_of(tmp_path / name)[0] for name in ("one", "two"))
     for key in ("lr", "loss_image", "loss_patch", "grad_norm"):
         assert math.isclose(one[key], two[key], rel_tol=1e-5, abs_tol=1e-9), key
-    a, b = (checkpoint(tmp_path / name) for name in ("one", "two"))
-    assert_close(a["centers"], b["centers"], rtol=1e-5, atol=1e-6)
-    for key, state in a["optimizer"]["state"].items():  # after one step, exp_avg is a tenth of the gradient
-        assert_close(state["exp_avg"], b["optimizer"]["state"][key]["exp_avg"], rtol=1e-3, atol=1e-6)
+    a, b = (checkpoint(tmp_path / name)["centers"] for name in ("one", "two"))
+    assert_close(a, b, rtol=1e-5, atol=1e-6)
     done = run(f"gld.py {QUICK} --batch-size 5", tmp_path, processes=2)
-    words = "--batch-size 5 cannot be shared equally by 2 processes; the next size that can is 6"
-    assert done.returncode == 2 and done.stderr.count(words) == 1, done.stderr
+    assert_refused(done, "--batch-size 5 cannot be shared equally by 2 processes; the next size that can is 6")
 
-@pytest.mark.parametrize("extra,message", [
-    ("--lr 0.1", "--lr: 0.016 in process 0, but 0.1 in process 1"),
-    ("--seed 3", "--seed: 0 in process 0, but 3 in process 1"),
-    ("--batch-size 4", "--batch-size: 8 in process 0, but 4 in process 1"),
-    ("--max-steps 2", "--max-steps: 1 in process 0, but 2 in process 1"),
-    ("--data b", "--data.*33.* in process 0, but .*32.* in process 1"),
-    ("--output ahead", "--output.* 0 in process 0, but 1 in process 1")])
-def test_processes_with_other_options_images_or_checkpoints_are_refused(tmp_path, extra, message):
+def test_processes_with_other_options_images_or_checkpoints_are_refused(tmp_path):
     """As where the command is typed on each node, before anything can hang."""
     save_pictures(tmp_path / "a", 33)
     save_pictures(tmp_path / "b", 32)
     command = "--data a --preset small --data-fraction 1 --max-steps 1"
     train_ok(f"{command} --output ahead", tmp_path)
-    done = run(f"gld.py {QUICK} {command}", tmp_path, processes=2, extra=("", extra))
-    errors = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.codes == [2, 2] and len(errors) == 1, done.stderr
-    assert re.search(message, errors[0]), errors
+    for last, message in {
+            "--lr 0.1": "--lr: 0.016 in process 0, but 0.1 in process 1",
+            "--batch-size 4": "--batch-size: 8 in process 0, but 4 in process 1",
+            "--max-steps 2": "--max-steps: 1 in process 0, but 2 in process 1",
+            "--data b": "--data.*33.* in process 0, but .*32.* in process 1",
+            "--output ahead": "--output.* 0 in process 0, but 1 in process 1"}.items():
+        done = run(f"gld.py {QUICK} {command}", tmp_path, 2, last)
+        assert_refused(done)
+        assert re.search(message, done.stderr), done.stderr
+        assert done.codes == [2, 2]
 
 @pytest.mark.parametrize("stop,end,options", [
     (3, 40, ""), (30, 40, ""), (37, 40, ""), (2, 4, "--arch vit_tiny --drop-path 0.5 --local-views 0 --batch-size 2")])
@@ -1751,9 +1710,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop, end, options):
     assert [row["step"] for row in log_of(tmp_path / "output")] == sorted({stop, min(30, end), end})
 
 @pytest.mark.parametrize("options", [
-    "--local-views 0", "--local-size 8 --global-size 8", "--matching none --local-views 0",
-    "--matching similarity --local-size 8", "--arch vit_tiny --clip-grad 0 --no-hinge",
-    "--blur-sigma 0.1 9"])              # a blur wider than a view
+    "--local-views 0 --matching none", "--local-size 8 --global-size 8", "--matching similarity --local-size 8",
+    "--arch vit_tiny --clip-grad 0 --no-hinge --local-views 0", "--blur-sigma 0.1 9"])          # wider than a view
 def test_no_local_views_one_patch_grids_and_other_corners(tmp_path, options):
     train_ok(f"--max-steps 1 {options}", tmp_path)
 
@@ -1777,16 +1735,13 @@ def test_knn_while_training_is_eval_knns_and_changes_nothing(tmp_path, monkeypat
         first, last = log_of(tmp_path / name)
         expected, *_ = top1_of_20nn(f"--checkpoint {name}/checkpoint.pt", tmp_path)
         assert first.get("knn") is None and math.isclose(last["knn"], expected, abs_tol=0.06)
-    save_pictures(tmp_path / "flat", 20)
-    done = run(f"gld.py {QUICK} --data flat --data-fraction 1 --preset small --eval-every 1", tmp_path)
-    assert done.returncode == 2 and "must hold train/" in done.stderr
 
 def test_the_built_in_run_learns_and_does_not_warn(tmp_path):
     """A shortened version of the README's first two commands is far above the untrained network and raw pixels."""
-    done = run("gld.py --epochs 5 --eval-every 5 --workers 1", tmp_path)
+    done = run("gld.py --epochs 4 --eval-every 0 --workers 1", tmp_path)
     assert done.returncode == 0 and "WARNING" not in done.stdout
     trained, *others = top1_of_20nn("", tmp_path)
-    assert len(others) == 2 and trained > max(others) + 5, (trained, others)
+    assert len(others) == 2 and trained > max(others) + 3, (trained, others)
 
 def test_a_collapse_is_seen(tmp_path):
     said = train_ok("--lr 30 --epochs 2", tmp_path).stdout
@@ -1863,23 +1818,21 @@ def full_disk():
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
     """SIGKILL to the process, not to its worker, at two random moments. 15 steps are an epoch."""
-    command = f"gld.py {QUICK} --batch-size 16 --epochs 3"
-    assert run(f"{command} --output whole", tmp_path).returncode == 0
-    path = tmp_path / "parts/checkpoint.pt"
-    moments = np.random.default_rng(int(time.time()))
+    options = "--batch-size 16 --epochs 3 --output"
+    train_ok(f"{options} whole", tmp_path)
+    parts = tmp_path / "parts"
     for words, workers in (("step 1 ", 1), ("from step", 0)):
-        process = launch(f"{command} --workers {workers} --output parts", tmp_path)
+        process = launch(f"gld.py {QUICK} {options} parts --workers {workers}", tmp_path)
         wait_for(process, words)
-        time.sleep(moments.uniform(0, 1))
+        time.sleep(np.random.default_rng().uniform(0, 1))
         process.kill()
         process.wait()                  # the worker may live on for some seconds: the next run starts all the same
         process.stdout.close()
-        path.with_suffix(".tmp").write_bytes(b"half of a checkpoint")           # as if killed while it wrote
-    assert run(f"{command} --output parts", tmp_path).returncode == 0
-    same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert {file.name for file in path.parent.iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
-    for name in ("whole", "parts"):
-        assert [row["step"] for row in log_of(tmp_path / name)] == [15, 30, 45]             # no line twice
+        (parts / "checkpoint.tmp").write_bytes(b"half of a checkpoint")         # as if killed while it wrote
+    train_ok(f"{options} parts", tmp_path)
+    same_weights(checkpoint(tmp_path / "whole"), checkpoint(parts))
+    assert {file.name for file in parts.iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
+    assert [row["step"] for row in log_of(parts)] == [15, 30, 45]               # no line twice
 
 @pytest.mark.parametrize("processes,number", [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)])
 def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, processes, number):
@@ -1887,6 +1840,7 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, processes, 
     Workers hold the pipe that is read here, so they are gone at its end."""
     command = f"gld.py {QUICK} --workers 1 --epochs 50"
     variables = variables_of_ranks(2) if processes == 2 else [{}]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # for those that are started here, also under nohup
     started = [launch(command, tmp_path, env=os.environ | added) for added in variables]
     wait_for(started[0], "step 1 ")
     for process in started:
@@ -1902,9 +1856,9 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(tmp_path, processes, 
 def test_torchrun_restarts_after_a_death_and_stops_on_ctrl_c(tmp_path):
     # torchrun's shared store gives new processes the addresses of the dead ones, which they then wait for
     environment = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    command = f"gld.py {QUICK} --workers 1 --epochs 50"
+    command = f"gld.py {QUICK} --batch-size 16 --epochs 50"
     process = launch(command, tmp_path, processes=2, restarts=1, env=environment)
-    wait_for(process, "epoch 1 step 60")
+    wait_for(process, "epoch 1 step 30")                # the first checkpoint, at step 15, is there
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     wait_for(process, "from step")
     wait_for(process, "| loss")
@@ -1912,7 +1866,7 @@ def test_torchrun_restarts_after_a_death_and_stops_on_ctrl_c(tmp_path):
     said = process.communicate(timeout=120)[0]
     step = checkpoint(tmp_path / "output")["step"]
     assert said.count(f"stopped on request: saved at step {step}; rerun the same command") == 1, said
-    assert step > 30 and process.returncode != 0
+    assert step > 15 and process.returncode != 0
 
 @pytest.mark.parametrize("numbers,handler,code", [
     ([signal.SIGINT, signal.SIGINT], signal.default_int_handler, 130),
@@ -1934,16 +1888,12 @@ def test_a_second_ctrl_c_quits_and_what_is_ignored_stays_so(tmp_path, monkeypatc
 @pytest.mark.parametrize("where", ["patch loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkeypatch, where):
     """The loss, or a gradient, at the third step: of one process of two, or of the only one, whose state is seen."""
-    networks, steps = [], []
-
-    def make_network(*args, make=gld.Network):
-        networks.append(make(*args))
-        return networks[-1]
+    state, steps = watch_state(monkeypatch), []
 
     def poisoned(student, teacher, centers, *args, loss=gld.distillation_loss, **kwargs):
         total, image_loss, patch_loss = loss(student, teacher, centers, *args, **kwargs)
-        state = [centers, *networks[0].parameters(), *networks[1].parameters()]
-        steps.append((state, [x.clone() for x in state]))
+        changing = [centers, *state["student"].parameters(), *state["teacher"].parameters()]
+        steps.append((changing, [x.clone() for x in changing]))
         factor = math.nan if len(steps) == 3 and os.environ.get("RANK") != "0" else 1
         if where == "gradient":
             student.image_z.register_hook(lambda grad: grad * factor)
@@ -1951,13 +1901,13 @@ def test_a_nan_in_one_process_stops_all_before_anything_changes(tmp_path, monkey
             patch_loss = patch_loss * factor
         return total, image_loss, patch_loss
 
-    monkeypatch.setattr(gld, "Network", make_network)
     monkeypatch.setattr(gld, "distillation_loss", poisoned)
-    assert run(f"gld.py {QUICK}", tmp_path, processes=2).codes == [1, 1]
     done = run(f"gld.py {QUICK}", tmp_path)
     assert "stopped at step 2, lr 0" in done.stderr and f"{where} nan" in done.stderr
     assert done.returncode == 1 and not (tmp_path / "output/checkpoint.pt").exists()
     assert len(steps) == 3 and all(map(torch.equal, *steps[-1]))
+    steps.clear()
+    assert run(f"gld.py {QUICK}", tmp_path, processes=2).codes == [1, 1]
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, processes):
@@ -1974,7 +1924,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, proce
 
 def test_only_one_run_at_a_time_writes_to_an_output(tmp_path):
     """The second is refused while the first lives, even if it stands still; the first ends well."""
-    command = f"gld.py {QUICK} --epochs 4"
+    command = f"gld.py {QUICK} --epochs 2"
     first = launch(command, tmp_path)
     wait_for(first, "step 1 ")
     first.send_signal(signal.SIGSTOP)
@@ -1982,33 +1932,25 @@ def test_only_one_run_at_a_time_writes_to_an_output(tmp_path):
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=120)
     assert first.returncode == 0
-    assert_refused(alone, "--output output", "another run writes to it")
-    assert_refused(two, "--output output", "another run writes to it")
+    for refused in (alone, two):
+        assert_refused(refused, "--output output", "another run writes to it")
     assert two.codes == [2, 2]
 
-def test_printing_never_ends_a_run(tmp_path):
+def test_printing_never_ends_a_run(tmp_path, monkeypatch):
     """In an encoding that lacks ± and a file's name, into a closed pipe or on a full disk."""
-    for folder in ("train/a", "train/b", "val/a"):
-        save_pictures(tmp_path / "data" / folder, 5)
-    options = f"{QUICK} --preset small --data-fraction 1 --batch-size 10 --data"
-    for seed in (0, 1):
-        train_ok(f"{options} data --seed {seed} --output {seed}", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    save_classes(tmp_path / "data", 5)
     save_pictures(tmp_path / "odd", 9)
     (tmp_path / os.fsdecode(b"odd/\xff.png")).write_text("no image")
-
-    def start(command, stdout):
-        script, *words = command.split()
-        environment = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")      # a buffer fails at exit
-        return subprocess.Popen([sys.executable, HERE / script, *words, "--device", "cpu"], cwd=tmp_path,
-                                stdout=stdout, stderr=subprocess.PIPE, env=environment)
-
-    closed = start(f"gld.py {options} odd", subprocess.PIPE)
-    closed.stdout.close()
-    with open("/dev/full", "w") as full:
-        unread = start("eval_knn.py --checkpoint 0/checkpoint.pt 1/checkpoint.pt --k 3 --workers 0", full)
-    for process in (closed, unread):
-        problems = process.stderr.read()
-        assert (process.wait(120), problems) == (0, b"")
+    train = f"{QUICK} --data odd --preset small --data-fraction 1 --batch-size 10 --no-resume --device cpu"
+    evaluate = "--checkpoint 0/checkpoint.pt 1/checkpoint.pt --data data --k 3 --workers 0 --device cpu"
+    reader, closed = os.pipe()
+    os.close(reader)
+    for output in (closed, "/dev/full"):
+        with open(output, "w", encoding="ascii") as file, contextlib.redirect_stdout(file):
+            for seed in "01":
+                assert gld.main(f"{train} --seed {seed} --output {seed}".split()) == 0
+            assert eval_knn.main(evaluate.split()) == 0
 
 def test_a_dead_worker_ends_the_run(tmp_path):
     process = launch(f"gld.py {QUICK} --workers 2 --epochs 50", tmp_path)
@@ -2074,6 +2016,7 @@ REFUSED |= {
     "--data . --preset small": "no images",
     "--init-from nowhere.pt": "nowhere.pt",
     f"--data {PICTURES}": "--preset small trains here",
+    f"--data {PICTURES} --preset small --batch-size 2 --eval-every 1": "must hold train/",
     f"--data {PICTURES} {SMALL_PAPER}": "--preset small"}       # 2 images, and batches of 256
 
 @pytest.mark.parametrize("options", REFUSED)
@@ -2163,7 +2106,6 @@ NOT_LOADED = {  # file: what it holds, what is said
     "text.pt": ("hello", "damaged, or not a checkpoint"),
     "file.safetensors": ("\2\0\0\0\0\0\0\0{}", "convert it: torch.save(safetensors"),
     "tensor.pt": (torch.zeros(3), ""),
-    "empty.pt": ({"options": {}}, ""),
     "numbers.pt": ({"student": 1, "teacher": 2}, "no state dict"),
     "vit_l.pt": (vit_keys(1024), "width 1024 is no --arch of gld.py"),
     "registers.pt": (vit_keys(register_tokens=torch.zeros(1, 4, 384)), "regist"),
@@ -2234,8 +2176,8 @@ def test_differences_pair_equal_seeds_and_settings():
                      "geometric - none": [[2, 2], [10, 10]]}
 
 def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
-    for folder, n in {"train/a": 10, "train/b": 10, "val/a": 10, "val/b": 11}.items():      # 21 do not come out even
-        save_pictures(tmp_path / "data" / folder, n, (40, 44 if "b" in folder else 40))      # no two are the same
+    save_classes(tmp_path / "data", 10)
+    save_pictures(tmp_path / "data/val/a", 11, (40, 44))        # 21 do not come out even; no two are the same
     files = []
     for matching, seed in itertools.product(("geometric", "none"), (0, 1)):
         train_ok(f"--data data --preset small --data-fraction 0.5 --batch-size 5 --matching {matching} --seed {seed} "
@@ -2249,27 +2191,25 @@ def test_a_table_of_several_runs_by_one_process_and_by_two(tmp_path):
         found.append(json.loads((tmp_path / "t.json").read_text()))
     table = found[0]
     assert table == found[1] and (table["train"], table["val"]) == (10, 21)
-    rows = done.stdout.splitlines()
+    rows = {row.split("  ")[0]: row for row in done.stdout.splitlines()}
     geometric, none = np.reshape([table[file]["linear"][0] for file in files], (2, 2))
-    for label, x in (("geometric", geometric), ("none", none), ("geometric - none", geometric - none)):
-        row = next(row for row in rows if row.startswith(f"{label}, 2 seeds"))
-        assert f"linear {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})" in row
-    assert "correspondence accuracy" in done.stdout
+    for label, x in (("geometric", geometric), ("geometric - none", geometric - none)):
+        words = f"linear {x.mean():.2f} ± {x.std(ddof=1):.2f} ({x.min():.2f} to {x.max():.2f})"
+        assert words in rows[f"{label}, 2 seeds"]
+    assert "correspondence accuracy" in done.stdout and "guessed" not in done.stdout
     assert "matches" in table["untrained"] and "matches" not in table["raw pixels"]
-    assert "conv_tiny" not in next(row for row in rows if row.startswith("raw pixels"))     # they need no network
-    assert "guessed" not in done.stdout
+    assert "conv_tiny" not in rows["raw pixels"]        # they need no network
     (tmp_path / "data/val/b/0001.png").write_text("no image")
     assert_refused(run(f"{command} --workers 1", tmp_path), "val/b/0001.png cannot be read")
 
 def test_a_size_is_guessed_or_given_and_features_are_finite(tmp_path):
-    for folder in ("train/a", "train/b", "val/a"):
-        save_pictures(tmp_path / "data" / folder, 2)
+    save_classes(tmp_path / "data", 2)
     weights = gld.Backbone("conv_tiny").net.state_dict()
     torch.save(weights, tmp_path / "plain.pt")
     command = "eval_knn.py --checkpoint plain.pt --data data --k 1 --workers 0"
     guessed, given = (run(f"{command} {option}", tmp_path).stdout for option in ("", "--size 48"))
     assert "32 px (crop of 37; size guessed, --size sets it)" in guessed
-    assert "48 px (crop of 55)" in given and "guessed" not in given
+    assert "48 px (crop of 55)" in given
     next(iter(weights.values())).mul_(math.nan)
     torch.save(weights, tmp_path / "plain.pt")
     assert_refused(run(command, tmp_path), "features are not finite")
@@ -2277,7 +2217,7 @@ def test_a_size_is_guessed_or_given_and_features_are_finite(tmp_path):
         assert_refused(run(f"{command} --device cuda", tmp_path), "--device cuda")
 
 @pytest.mark.parametrize("train,val,words", [
-    ("a b", "a .", "images in val/ itself"), ("a b", "images", "images in val/images/"),    # as distributed
+    ("a b", "a .", "images in val/ itself"),           # as distributed
     ("a b", "A c d e", r"val/A/, val/c/, val/d/; .*A is not a"), ("a", "a", "needs labels"), ("a b c", "c", "")])
 def test_classes_that_train_lacks_are_refused(tmp_path, train, val, words):
     for split, names in (("train", train), ("val", val)):
@@ -2311,9 +2251,8 @@ FILES = {  # kind: network, image size, other people's names for its keys, state
     "torchvision": ("resnet50", 224, {}, lambda state: state | {"fc.weight": SMALL}),
     "GLSD or EsViT Swin": ("swin_t", 224, SWIN | {"^": "module.backbone."}, lambda state: dict(
         teacher=state | SWIN_EXTRAS, student={}, args=argparse.Namespace(arch="swin"))),
-    "compiled DINO ViT": ("vit_tiny", 64, VIT | {"^": "module._orig_mod.backbone."}, lambda state: dict(
-        teacher=state | {"module._orig_mod.head.mlp.0.weight": SMALL}, epoch=1)),
-    "timm ViT": ("vit_tiny", 64, VIT, lambda state: state | {"head.weight": SMALL})}
+    "DINO or timm ViT, compiled": ("vit_tiny", 64, VIT | {"^": "module._orig_mod.backbone."}, lambda state: dict(
+        teacher=state | {"module._orig_mod.head.mlp.0.weight": SMALL}, epoch=1))}
 FROZEN = "--lr 0 --min-lr 0 --weight-decay 0 --weight-decay-end 0 --teacher-momentum 1"     # nothing moves
 
 def random_backbone(*args):
@@ -2342,23 +2281,19 @@ def test_foreign_weights_load_strictly_and_start_a_run(tmp_path, kind):
     torch.save(wrap(state), path)
     found, image_size, options = gld.load_backbone(path)
     assert (found.arch, found.patch_size, image_size) == (arch, 16, size)
-    torch.testing.assert_close(found(x), backbone(x))
+    assert_close(found(x), backbone(x))
 
     command = (f"{FROZEN} --patch-size 16 --global-size 96 --local-views 0 --batch-size 2 --max-steps 1 "
                "--init-from file.pt")
     assert "weights from file.pt (new heads)" in train_ok(f"{command} --arch {arch}", tmp_path).stdout
-    end = checkpoint(tmp_path / "output")
+    student = checkpoint(tmp_path / "output")["student"]
+    teacher = torch.load(tmp_path / "output/backbone.pt", weights_only=True)    # with torchvision's names
+    assert teacher.keys() == backbone.net.state_dict().keys()
     for key, value in backbone.net.named_parameters():
         value = backbone.position_embedding(6, 6) if "pos_embedding" in key else value
         sign = -1 if kind == "checkpoint.pt" else 1
-        assert torch.equal(end["teacher"][f"backbone.net.{key}"], value), key
-        assert torch.equal(end["student"][f"backbone.net.{key}"], sign * value), key
-    if arch != "conv_tiny":             # what a run writes loads into torchvision's network
-        vit = torchvision.models.VisionTransformer(96, 16, 12, 3, 192, 768)
-        network = vit if arch == "vit_tiny" else getattr(torchvision.models, arch)()
-        written = torch.load(tmp_path / "output/backbone.pt", weights_only=True)
-        missing, unexpected = network.load_state_dict(written, strict=False)
-        assert not unexpected and missing and all(key.startswith(("head", "fc.")) for key in missing)
+        assert torch.equal(teacher[key], value), key
+        assert torch.equal(student[f"backbone.net.{key}"], sign * value), key
 
     other = "resnet50" if arch.startswith("vit") else "vit_tiny"
     done = run(f"gld.py {QUICK} {command} --arch {other} --output other", tmp_path)
@@ -2379,9 +2314,7 @@ def test_dinov2s_weights_load_with_their_layer_scale(tmp_path):
         block.mlp.register_forward_hook(lambda module, _, out, gamma=gamma2: out * gamma)
     torch.save(state, tmp_path / "dinov2.pth")
     found, *_ = gld.load_backbone(tmp_path / "dinov2.pth")
-    torch.testing.assert_close(found(x), backbone(x), rtol=1e-4, atol=1e-5)
-    command = "--arch vit_tiny --patch-size 14 --global-size 56 --local-size 28 --batch-size 2 --max-steps 1"
-    assert "new heads" in train_ok(f"{FROZEN} {command} --init-from dinov2.pth", tmp_path).stdout
+    assert_close(found(x), backbone(x), rtol=1e-4, atol=1e-5)
 
 def test_a_run_starts_from_the_heads_of_another_if_they_fit(tmp_path):
     train_ok("--max-steps 2 --output a", tmp_path)
@@ -2427,7 +2360,8 @@ class Knows(torch.nn.Module):
         position = torch.eye(place.shape[1]).expand(len(x), -1, -1)
         return x.mean((2, 3)), position if self.what == "position" else torch.cat([place.cos(), place.sin()], -1)
 
-def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
+def test_match_shares_of_backbones_that_know_position_or_place():
+    """Of the patches that have a match: the others could not be right."""
     shares = functools.partial(eval_knn.match_shares, images=PLACES_30, size=64, scale=(0.4, 1), device="cpu")
     found = shares(Knows("position"))
     assert found["same position"] == 100 and found["neither"] == 0
@@ -2435,10 +2369,6 @@ def test_match_shares_of_backbones_that_know_position_or_place(monkeypatch):
     found = shares(Knows("place"))
     assert found["correspondence accuracy"] > 95 and found["neither"] < 5
     assert math.isclose(found["both"], found["geometry: same position"], abs_tol=3)
-    here = torch.arange(64).expand(2, 64)
-    # unmatched patches do not count: from patch 20 on, geometry says patch 0
-    monkeypatch.setattr(eval_knn, "geometric_matches", lambda *_: (here.where(here < 20, 0), (here < 20).float()))
-    assert shares(Knows("position"))["both"] == 100
 
 @pytest.mark.parametrize("what", [None, "place", "position"])
 def test_the_picture_joins_patches_that_show_the_same_place(what):
@@ -2457,7 +2387,6 @@ def test_the_picture_joins_patches_that_show_the_same_place(what):
         apart = [np.abs(place(start) - place(end)).max() for start, end in joined]
         assert 6 <= len({start for start, _ in joined}) == len(joined) <= 8
         if matching == "similarity" and what == "position":     # wrong ones are shown
-            assert len({tuple(np.subtract(end, start)) for start, end in joined}) == 1
             assert max(apart) > 25
         else:
             assert max(apart) < 0.75 * 200 / n, apart
@@ -2465,27 +2394,25 @@ def test_the_picture_joins_patches_that_show_the_same_place(what):
     assert 0.27 < (crops < 100).mean() < 0.58   # unmatched patches are dark, 30 to 55 %; lines cover little
 
 def test_the_picture_on_the_command_line(tmp_path):
-    save_pictures(tmp_path / "plain", 2, (60, 90))
-    save_pictures(tmp_path / "split/val", 1)
+    save_classes(tmp_path / "split", 1)
     torch.save(gld.Backbone("conv_tiny").net.state_dict(), tmp_path / "backbone.pt")
     (tmp_path / "text.png").write_text("no image")
     before = sorted(tmp_path.iterdir())
     for wrong, words in {"nowhere/a.png": "--show-matches", "a.xyz": "--show-matches",
-                         "e.png --checkpoint nowhere.pt": "--checkpoint", "e.png --data text.png": "--data",
+                         "e.png --data text.png": "--data text.png: cannot be read",
                          "e.png --data nophoto.jpg": "--data nophoto.jpg: no such file or folder"}.items():
-        assert_refused(run(f"eval_knn.py --workers 0 --show-matches {wrong}", tmp_path), words)
+        assert_refused(run(f"eval_knn.py --show-matches {wrong}", tmp_path), words)
     assert sorted(tmp_path.iterdir()) == before
 
-    def drawn(options):
-        done = run(f"eval_knn.py --workers 0 --show-matches a.png {options}", tmp_path)
-        assert done.returncode == 0, done.stderr
+    def source(options):
+        done = run(f"eval_knn.py --show-matches a.png {options}", tmp_path)
         (tmp_path / "a.png").unlink()
         return done.stdout
-    for data in ("plain", "split", "plain/0001.png"):
-        assert "--checkpoint FILE" in drawn(f"--data {data}")
-    assert "similarity by backbone.pt" in drawn("--checkpoint backbone.pt --data shapes")
+    for data in ("split/train", "split", "split/val/a/0000.png"):
+        assert "--checkpoint FILE" in source(f"--data {data}")
+    assert "similarity by backbone.pt" in source("--checkpoint backbone.pt --data split")
     train_ok("--max-steps 1", tmp_path)
-    assert "similarity by output/checkpoint.pt" in drawn("--data plain")        # taken where it exists
+    assert "similarity by output/checkpoint.pt" in source("--data split")       # taken where it exists
 
 # ------------------------------------------------------------------------------------------------ README
 
@@ -2523,7 +2450,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
                 command += " --preset paper"
         else:
             command += " --k 3 --workers 0"
-        done = run(command, tmp_path, processes=2 if torchrun and not launched else 1)
+        done = run(command, tmp_path, processes=2 if torchrun and not launched and DEVICE == "cpu" else 1)
         launched |= torchrun
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
@@ -2549,12 +2476,11 @@ def test_the_readmes_python_runs_as_pasted(tmp_path, monkeypatch):
     for names in found["model"]:
         names["model"].head = torch.nn.Identity()
         with torch.no_grad():
-            torch.testing.assert_close(names["model"].eval()(x), backbone(x)[0], rtol=1e-4, atol=1e-5)
+            assert_close(names["model"].eval()(x), backbone(x)[0], rtol=1e-4, atol=1e-5)
     assert all(found.values())
 
 def test_the_readmes_links_to_files_and_headings_exist():
     names = re.findall(r"\]\(((?:\.github/)?[\w.]+)(?:#([\w-]+))?\)", README)
-    assert len(names) >= 6
-    assert all((HERE / name).exists() for name, _ in names), names
+    assert len(names) >= 6 and all((HERE / name).exists() for name, _ in names), names
     headings = NOTES.lower().replace(" ", "-")
     assert all(f"\n##-{heading}\n" in headings for _, heading in names if heading)
