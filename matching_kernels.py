@@ -216,8 +216,8 @@ class Matches(NamedTuple):
 
 def _prepare(students, teacher, fused, skip_same_view,
              student_boxes, teacher_boxes, student_grids, teacher_grid, hinge,
-             indices, weights) -> list[Matches]:
-    """Check what says which patches match, and bring it into one form, for each size of student views."""
+             indices, weights):
+    """Check what says which patches match, and bring it into one form. Returns: a list, `Matches` of each size."""
     Q, B, Nt, _ = teacher.shape
     V, device = sum(map(len, students)), teacher.device
     lists = [[None] * len(students) if x is None else x for x in (student_grids, indices, weights)]
@@ -467,7 +467,8 @@ if triton is not None:
     @triton.jit
     def _start(BLOCK: tl.constexpr):
         """The columns (G, 8) of the first tile, and a log-sum-exp of nothing."""
-        tile = tl.arange(0, BLOCK).reshape(BLOCK // 8, 8)
+        # in this form, since Triton 3.6 does not see through a reshape that 8 elements lie side by side
+        tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)
         return tile, tl.full([BLOCK // 8], -3e38, tl.float32), tl.zeros([BLOCK // 8], tl.float32)
 
     @triton.jit
@@ -563,7 +564,7 @@ if triton is not None:
 LOG2_E = math.log2(math.e)
 UNIT = 2 ** 14                          # in 16 bits, probabilities and gradients are stored times this
 LAUNCH = dict(BLOCK=2048,               # elements of a tile: 8, or 16 bytes of 16-bit logits, for each of 256 threads
-              num_warps=8, enable_fp_fusion=True)       # no autotuning; multiply-adds fused in any Triton
+              num_warps=8)              # no autotuning
 
 class _TritonLoss(torch.autograd.Function):
     """The loss and its gradient, for `step` images and two teacher views at a time; the backward pass only scales.
