@@ -412,7 +412,8 @@ def train(cfg):
             say(f"stopped on request: saved at step {done}; rerun the same command to resume")
             return STOPPED
         batch = next_batch
-    say(f"the weights are in {cfg.output}/; next: python eval_knn.py --checkpoint {cfg.output}/checkpoint.pt")
+    say(f"the weights are in {cfg.output}/; next, on labelled images: "
+        f"python eval_knn.py --checkpoint {cfg.output}/checkpoint.pt")
     return 0
 
 # ======================================================================================= the paper ends here
