@@ -1992,7 +1992,8 @@ def test_the_share_of_waiting_and_the_time_left_are_reported(tmp_path, monkeypat
 def test_a_run_prints_what_it_has_and_what_to_do_next(tmp_path):
     for _ in range(2):                  # when it ends, and when it is started again
         said = train_ok("--matching none --max-steps 1", tmp_path).stdout
-        assert "the weights are in output/; next: python eval_knn.py --checkpoint output/checkpoint.pt" in said
+        assert "the weights are in output/" in said
+        assert said.endswith("python eval_knn.py --checkpoint output/checkpoint.pt\n")
         assert not re.search("patch|matched|GPU", said)
     said = train_ok("--max-steps 1 --output geometric", tmp_path).stdout
     assert "patch" in said and "matched" in said and "GPU" not in said
