@@ -9,8 +9,8 @@
 A student network learns without labels from a teacher network. The teacher's weights are an exponential moving average
 (EMA) of the student's. Both see views (random crops) of an image. The student sees all V views: 2 large ones, called
 global, and L small ones, called local. The teacher sees the Q = 2 global views only. From one view, the student learns
-to predict the teacher's output for another view of the same image. (A running mean of the teacher's outputs, the
-center, is subtracted from them first.) The image loss does this for whole views, as in DINO. The patch loss does it for
+to predict the teacher's output for another view of the same image. (From the teacher's logits, their running mean, the
+center, is subtracted first.) The image loss does this for whole views, as in DINO. The patch loss does it for
 patches: from a patch of its view, the student learns to predict the teacher's output for the matching patch of the
 other view. Which patch matches? `--matching` says it:
 
@@ -18,14 +18,14 @@ other view. Which patch matches? `--matching` says it:
     similarity    the patch with the most similar features: what EsViT proposed before
     none          there is no patch loss: DINO
 
-A patch is a token of a ViT, or a cell of the last feature map of another backbone (swin_t: 7 x 7 or 3 x 3). Letters:
+A patch is a token of a ViT, or a cell of the last feature map of another backbone. Letters in shapes:
 
     B    images of one step in one process           N    patches of a view, row by row; Ns, Nt: of student, teacher
     V    student views, the 2 global ones first      C    width of the backbone's features
     Q    teacher views: the 2 global ones            D    width of z, the output of a head's MLP
-    G    views of one size: 2 global or L local      K    outputs of a head, called prototypes: classes, but learned
-    M    crops of one size: G * B                    S    side of a view, pixels
+    G    views of one size: 2 global or L local      K    logits that a head's last layer makes of z: "prototypes"
     box  where a view was cropped: (top, left, height, width, flip), pixels of the original image; flip is 0 or 1
+    S    side of a view, pixels                      grid   rows and columns of its patches (swin_t: 7 x 7 or 3 x 3)
 
 Hyperparameters of --preset small (the default for built-in datasets) and of --preset paper (the default for a folder).
 Batch size: of all processes together. The learning rate is lr * batch size / 256. `--help` shows all options.
@@ -143,7 +143,7 @@ class Head(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, D))
         self.direction = nn.Parameter(torch.empty(K, D).uniform_(-1, 1) / D ** 0.5)
-        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # or it stays 1
+        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # else it stays 1
         for layer in self.mlp[::2]:                                             # the linear ones
             nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # DINO: 0.02, at 2048
             nn.init.zeros_(layer.bias)
@@ -179,7 +179,7 @@ class Network(nn.Module):
         image_z, patch_z, features = [], [], []
         for x in pixels:
             # the backbone gives features of the image (a ViT's class token, else the mean of its patches) and patches
-            image, patches = self.backbone(x.flatten(0, 1))                                 # (M, C), (M, N, C)
+            image, patches = self.backbone(x.flatten(0, 1))                                 # (G * B, C), (G * B, N, C)
             image = image.unflatten(0, x.shape[:2])                                         # (G, B, C)
             patches = patches.unflatten(0, x.shape[:2])                                     # (G, B, N, C)
             image_z.append(self.image_head(image[:, :, None]))                              # (G, B, 1, D)
@@ -242,9 +242,9 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     patch whose backbone features have the largest cosine with its own, and every weight is 1. image_loss is the same
     for whole views: each counts as one patch, of weight 1. loss is the mean of both; with matching none, image_loss.
 
-    `head_cross_entropy` computes, fast, the sum over all pairs of views of the mean over images and patches. It gets z
-    and the last layers, and never holds all logits in memory. For geometric matching, it gets boxes and grids, and
-    finds the same matches as `nearest_patches`, but from the grid, without distances. The image loss gives it neither.
+    `head_cross_entropy` computes, fast, the sum over all pairs of views of the mean over images and patches, and never
+    holds all logits in memory. It gets the last layers, and z as one tensor or as a list with one for each size of view.
+    It gets the matches as `index` (similarity), finds them from boxes and grids (geometric), or needs none (image loss).
     Args:
         student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
         centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
@@ -283,7 +283,7 @@ def mean_logits(teacher):
 def cosine(value, end, step, steps, warmup=0):
     """A schedule at `step`: linear from 0 to `value` over `warmup` steps, then half a cosine to `end` at `steps`."""
     if step < warmup:
-        return value * step / max(1, warmup - 1)            # as in DINO: the first step has 0, the last one `value`
+        return value * step / max(1, warmup - 1)            # as in DINO: the warm-up begins at 0, and ends at `value`
     return end + (value - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 def teacher_temp_at(epoch, cfg):
@@ -337,14 +337,14 @@ def train(cfg):
     state = make_state(cfg, device)
     student, teacher, optimizer, scaler, centers = state.values()
     log = Log(cfg)
-    start = resume(cfg, state)                              # the first step to do: 0, or that of the checkpoint
+    start = resume(cfg, state)                              # loads a checkpoint into the state, returns its step, or 0
     log.drop_after(start)
     labelled_images = labelled(cfg.data, cfg.data_fraction) if cfg.eval_every else None
     run_student = prepare(cfg, student, teacher, world)     # DistributedDataParallel averages gradients over processes
     say(describe(cfg, images, steps, start))
     stop_requests = catch_signals(world)                    # a list that is empty until a signal asks to stop
     batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
-    batch, waited = load_batch(batches, device, cfg)
+    batch, waited = load_batch(batches, device, cfg)        # waited: seconds, for the log
 
     for step in range(start, stop_at):
         began = time.perf_counter()
@@ -381,8 +381,8 @@ def train(cfg):
         # 3. agree with the other processes before anything changes: a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
         shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
-        next_batch, waited = load_batch(batches, device, cfg)       # here, as the GPU is busy; tolist() waits for it
-        values = StepValues(*shared.tolist())               # a number for each; that of the center is its sum
+        next_batch, waited = load_batch(batches, device, cfg)       # meanwhile: the next line waits for the GPU
+        values = StepValues(*shared.tolist())               # one number for each; of the center its sum, to see a NaN
         # is one NaN or infinite? (A float16 gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row.)
         if log.diverged(values, step, lr, scaler):
             return 1
@@ -391,7 +391,7 @@ def train(cfg):
         scaler.step(optimizer)                              # skipped if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # parameters: batch norm statistics stay its own
+        with torch.no_grad():                               # the teacher keeps its own batch norm statistics
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
@@ -579,7 +579,7 @@ def augment(views, max_sigma):
     """Flip and colour augmentation, on the training device, for all views of one size at once.
 
     Args: views: `Views` with B in front of each shape. max_sigma: the largest sigma of the blur, pixels.
-    Returns: (G, B, 3, S, S) float32, normalised.
+    Returns: (G, B, 3, S, S) float32, normalised. In between, all M = G * B crops are one batch.
     """
     B, G = views.crops.shape[:2]
     views = Views(*(field.transpose(0, 1).flatten(0, 1) for field in views))                # (M, ...)
