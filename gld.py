@@ -243,8 +243,8 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     for whole views: each counts as one patch, of weight 1. loss is the mean of both; with matching none, image_loss.
 
     `head_cross_entropy` computes, fast, the sum over all pairs of views of the mean over images and patches, and never
-    holds all logits in memory. It gets the last layers, and z as one tensor or as a list with one for each size of view.
-    It gets the matches as `index` (similarity), finds them from boxes and grids (geometric), or needs none (image loss).
+    holds all logits in memory. It gets the last layers, and z: a tensor, or a list with one for each size of view. It
+    gets the matches as `index` (similarity), finds them from boxes and grids (geometric), or needs none (image loss).
     Args:
         student, teacher: `Outputs` for all V views, and for the Q = 2 global ones.
         centers: (2, K), of the image head and of the patch head. With matching none: (1, K).
