@@ -9,10 +9,9 @@
 A student network learns without labels from a teacher network. The teacher's weights are an exponential moving average
 (EMA) of the student's. Both see views (random crops) of an image. The student sees all V views: 2 large ones, called
 global, and L small ones, called local. The teacher sees the Q = 2 global views only. From one view, the student learns
-to predict the teacher's output for another view of the same image. (From the teacher's logits, their running mean, the
-center, is subtracted first.) The image loss does this for whole views, as in DINO. The patch loss does it for
-patches: from a patch of its view, the student learns to predict the teacher's output for the matching patch of the
-other view. Which patch matches? `--matching` says it:
+to predict the teacher's output for another view of the same image. The image loss does this for whole views, as in
+DINO. The patch loss does it for patches: from a patch of its view, the student learns to predict the teacher's output
+for the matching patch of the other view. Which patch matches? `--matching` says it:
 
     geometric     the patch that shows the same place of the image: what GLSD proposes
     similarity    the patch with the most similar features: what EsViT proposed before
@@ -80,8 +79,8 @@ from torchvision.transforms.v2 import functional as TF
 from matching_kernels import geometric_matches, head_cross_entropy, similarity_matches
 
 STUDENT_TEMP = 0.1
-CENTER_MOMENTUM = 0.9
-MAX_OVERFLOWS = 20
+CENTER_MOMENTUM = 0.9                   # of the running mean of the teacher's logits, the center
+MAX_OVERFLOWS = 20                      # steps in a row in which float16 gradients may overflow
 
 # ==================================================================================== part I: the paper starts here
 # ------------------------------------------------------------------------------------------------ views and boxes
@@ -143,9 +142,9 @@ class Head(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, D))
         self.direction = nn.Parameter(torch.empty(K, D).uniform_(-1, 1) / D ** 0.5)
-        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # else it stays 1
+        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # if not, always 1
         for layer in self.mlp[::2]:                                             # the linear ones
-            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # DINO: 0.02, at 2048
+            nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # DINO: 2048 and 0.02
             nn.init.zeros_(layer.bias)
 
     def weight(self):
@@ -203,8 +202,8 @@ def patch_midpoints(box, grid):
     return torch.stack([y, x], dim=-1).flatten(0, 1)
 
 def nearest_patches(student_box, teacher_box, student_grid, teacher_grid, hinge=True):
-    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight: 0 if their
-    distance is at least half the diagonal of the larger patch, as the teacher does not see this place then. Else 1.
+    """Geometric matching. For each student patch: the index of the nearest teacher patch, and a weight: 1 if their
+    distance is less than half the diagonal of the larger patch, else 0, since the teacher does not see this place.
     ("Hinge" is the official code's name for this rule of the paper. Without it, every weight is 1.)"""
     distance = torch.cdist(patch_midpoints(student_box, student_grid), patch_midpoints(teacher_box, teacher_grid))
     nearest_distance, match = distance.min(dim=1)                                           # (Ns,) each
@@ -259,7 +258,7 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
                                     centers[0], **common) / n_pairs
     if matching == "none":
         return image_loss, image_loss, torch.zeros_like(image_loss)
-    if matching == "geometric":
+    if matching == "geometric":                     # the teacher's views have one size, and so one grid
         match_by = dict(student_boxes=boxes, student_grid=grids, teacher_boxes=boxes[:Q], teacher_grid=grids[0],
                         hinge=hinge)
     else:
@@ -310,7 +309,7 @@ def make_state(cfg, device):
     teacher.load_state_dict(student.state_dict())           # it starts with the student's weights
     teacher.requires_grad_(False)                           # and learns by its moving average alone
     parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "decay": 1},    # biases and norms are not decayed
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "decay": 1},    # 1-D: biases and norms, no decay
               {"params": [p for p in parameters if p.ndim <= 1], "decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=0, weight_decay=0, fused=True)     # both are set in each step
     # scales the loss up, so that small gradients survive float16; with other dtypes it does nothing
@@ -331,7 +330,7 @@ def train(cfg):
     steps_per_epoch = len(images) // cfg.batch_size
     steps = cfg.epochs * steps_per_epoch
     stop_at = min(steps, cfg.max_steps or steps)
-    dtype = compute_dtype(cfg)                              # of the networks; weights, loss and centers are float32
+    dtype = compute_dtype(cfg)                              # for autocast; weights, loss and centers are float32
 
     torch.manual_seed(cfg.seed)
     state = make_state(cfg, device)
@@ -340,7 +339,7 @@ def train(cfg):
     start = resume(cfg, state)                              # loads a checkpoint into the state, returns its step, or 0
     log.drop_after(start)
     labelled_images = labelled(cfg.data, cfg.data_fraction) if cfg.eval_every else None
-    run_student = prepare(cfg, student, teacher, world)     # DistributedDataParallel averages gradients over processes
+    run_student = prepare(cfg, student, teacher, world)     # compile both; average gradients over processes (DDP)
     say(describe(cfg, images, steps, start))
     stop_requests = catch_signals(world)                    # a list that is empty until a signal asks to stop
     batches = iter(make_loader(images, cfg, rank, world, range(start, stop_at), steps_per_epoch))
@@ -371,7 +370,7 @@ def train(cfg):
         # 2. gradients: backward; freeze the last layers at first, as DINO does; clip, parameter by parameter
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if epoch < cfg.freeze_last_layer:
+        if epoch < cfg.freeze_last_layer:                   # a number of epochs
             for name, p in student.named_parameters():
                 if name.endswith(("head.direction", "head.gain")):
                     p.grad = None                           # the optimizer leaves these parameters alone
@@ -381,17 +380,17 @@ def train(cfg):
         # 3. agree with the other processes before anything changes: a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
         shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
-        next_batch, waited = load_batch(batches, device, cfg)       # meanwhile: the next line waits for the GPU
-        values = StepValues(*shared.tolist())               # one number for each; of the center its sum, to see a NaN
-        # is one NaN or infinite? (A float16 gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row.)
-        if log.diverged(values, step, lr, scaler):
+        next_batch, waited = load_batch(batches, device, cfg)       # while the GPU is busy; None after the last batch
+        values = StepValues(*shared.tolist())               # this waits for the GPU. The center's number is its sum
+        if log.diverged(values, step, lr, scaler):          # NaN, or more than MAX_OVERFLOWS float16 overflows in a row
             return 1
 
         # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
         scaler.step(optimizer)                              # skipped if a float16 gradient overflowed
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
-        with torch.no_grad():                               # the teacher keeps its own batch norm statistics
+        with torch.no_grad():
+            # parameters only: both networks are in training mode, with batch norm statistics (conv_tiny) of their own
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
@@ -410,7 +409,7 @@ def train(cfg):
                 return 1
         if values.stop and not run_ended:
             say(f"stopped on request: saved at step {done}; rerun the same command to resume")
-            return STOPPED
+            return STOPPED                                  # an exit code
         batch = next_batch
     say(f"the weights are in {cfg.output}/; next, on labelled images: "
         f"python eval_knn.py --checkpoint {cfg.output}/checkpoint.pt")
