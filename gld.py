@@ -142,7 +142,7 @@ class Head(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, D))
         self.direction = nn.Parameter(torch.empty(K, D).uniform_(-1, 1) / D ** 0.5)
-        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # if not, always 1
+        self.gain = nn.Parameter(torch.ones(K, 1), requires_grad=not cfg.norm_last_layer)       # fixed, or learned
         for layer in self.mlp[::2]:                                             # the linear ones
             nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)      # DINO: 2048 and 0.02
             nn.init.zeros_(layer.bias)
@@ -241,7 +241,7 @@ def distillation_loss(student, teacher, centers, boxes, grids, *, teacher_temp, 
     patch whose backbone features have the largest cosine with its own, and every weight is 1. image_loss is the same
     for whole views: each counts as one patch, of weight 1. loss is the mean of both; with matching none, image_loss.
 
-    `head_cross_entropy` computes, fast, the sum over all pairs of views of the mean over images and patches, and never
+    `head_cross_entropy` computes, fast, a mean over images and patches for each pair of views, adds them up, and never
     holds all logits in memory. It gets the last layers, and z: a tensor, or a list with one for each size of view. It
     gets the matches as `index` (similarity), finds them from boxes and grids (geometric), or needs none (image loss).
     Args:
@@ -336,8 +336,8 @@ def train(cfg):
     state = make_state(cfg, device)
     student, teacher, optimizer, scaler, centers = state.values()
     log = Log(cfg)
-    start = resume(cfg, state)                              # loads a checkpoint into the state, returns its step, or 0
-    log.drop_after(start)
+    start = resume(cfg, state)                              # loads a checkpoint, in place; returns its step, or 0
+    log.drop_after(start)                                   # records of steps that are done again
     labelled_images = labelled(cfg.data, cfg.data_fraction) if cfg.eval_every else None
     run_student = prepare(cfg, student, teacher, world)     # compile both; average gradients over processes (DDP)
     say(describe(cfg, images, steps, start))
@@ -379,10 +379,10 @@ def train(cfg):
 
         # 3. agree with the other processes before anything changes: a NaN or a signal in one of them stops all
         batch_center = all_mean(mean_logits(teacher_out))
-        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)
+        shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)  # a number each
         next_batch, waited = load_batch(batches, device, cfg)       # while the GPU is busy; None after the last batch
-        values = StepValues(*shared.tolist())               # this waits for the GPU. The center's number is its sum
-        if log.diverged(values, step, lr, scaler):          # NaN, or more than MAX_OVERFLOWS float16 overflows in a row
+        values = StepValues(*shared.tolist())               # this waits for the GPU; of the center, it is the sum
+        if log.diverged(values, step, lr, scaler):          # a NaN; in float16, a gradient may have some in a row
             return 1
 
         # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
@@ -390,7 +390,7 @@ def train(cfg):
         scaler.update()
         centers.lerp_(batch_center, 1 - CENTER_MOMENTUM)
         with torch.no_grad():
-            # parameters only: both networks are in training mode, with batch norm statistics (conv_tiny) of their own
+            # parameters, not buffers: each network, in training mode, has its own batch norm statistics (conv_tiny)
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
         # 5. log, evaluate, save
