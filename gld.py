@@ -382,7 +382,7 @@ def train(cfg):
         shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)  # a number each
         next_batch, waited = load_batch(batches, device, cfg)       # while the GPU is busy; None after the last batch
         values = StepValues(*shared.tolist())               # this waits for the GPU; of the center, it is the sum
-        if log.diverged(values, step, lr, scaler):          # a NaN; in float16, a gradient may have some in a row
+        if log.diverged(values, step, lr, scaler):          # a NaN, or too many float16 overflows in a row
             return 1
 
         # 4. update: the student; the centers, for the next step; the teacher, towards the student's new weights
