@@ -126,16 +126,18 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
     Returns: a scalar, float32 (float64 for float64 logits). No gradient flows to the teacher or the center.
     Raises: ValueError where arguments do not fit; on a GPU, which would have to wait, values are not looked at.
 
-    The losses of other code, with its names. `...` stands for center, student_temp, teacher_temp.
+    The losses of other code, with its names. `...` stands for center, student_temp=0.1, teacher_temp=0.04.
         DINO, logits (V * B, K) and (2 * B, K), view by view:
             s, t = student.unflatten(0, (V, B))[:, :, None], teacher.unflatten(0, (2, B))[:, :, None]
             local_cross_entropy(s, t, ..., skip_same_view=True) / (2 * (V - 1))
+        EsViT, patch logits s and t, and features s_f and t_f, as in `similarity_matches`:
+            local_cross_entropy(s, t, ..., index=similarity_matches(s_f[:, None], t_f), skip_same_view=True)
         iBOT, patch logits (2, B, N, K), mask (2, B, N). Its masked patches are the ones that count:
-            index = torch.full((2, 2, B, N), -1)
-            index[[0, 1], [0, 1]] = torch.where(mask, torch.arange(N), -1)
+            index = torch.full((2, 2, B, N), -1, device=mask.device)
+            index[[0, 1], [0, 1]] = torch.where(mask, torch.arange(N, device=mask.device), -1)
             weight = (N / mask.sum(-1).clamp(min=1))[:, None, :, None].expand(2, 2, B, N)
             local_cross_entropy(s, t, ..., index=index, weight=weight) / 2
-        DINOv2, M masked tokens of n images, logits and masks_weight (M, K), (M,):
+        DINOv2, M masked tokens of n global crops (two of an image), logits and masks_weight (M, K), (M,):
             s, t, weight = s.view(1, M, 1, K), t.view(1, M, 1, K), (masks_weight * M / n).view(1, 1, M, 1)
             local_cross_entropy(s, t, ..., weight=weight)
         Sinkhorn-Knopp (DINOv2, SwAV) has a center, too: -teacher_temp * log(r), with r (K,) the product of all factors
@@ -145,7 +147,8 @@ def local_cross_entropy(student_logits, teacher_logits, center, *, student_temp,
         images before views, where B = V = Q; with skip_same_view, local views before the global ones;
         boxes as (x, y, width, height) or as corners; a forgotten flip: a box is
             (*RandomResizedCrop.get_params(...), flip), with the flip of the transform that follows;
-        probabilities in place of logits; similarity_matches(s, t) without [:, None].
+        probabilities in place of logits; similarity_matches(s, t) without [:, None]; a grid beside an index, which is
+            not looked at; an old teacher_weight.
     """
     return head_cross_entropy(
         student_logits, None, teacher_logits, None, center,
@@ -176,8 +179,8 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
         DistributedDataParallel(find_unused_parameters=True), return the weight from `forward`.
         The center's update needs teacher_weight @ teacher_z.mean((0, 1, 2)) only.
     Autograd: above max_bytes the torch path computes twice: until `backward`, change no input in place, and make none
-        in inference mode. torch.func.grad needs impl="torch". A NaN in an unmatched row of z may reach
-        student_weight's gradient.
+        in inference mode. torch.func.grad needs impl="torch" and logits within max_bytes. A NaN in an unmatched row of
+        z may reach student_weight's gradient.
     """
     _check_positive("student_temp", student_temp)
     _check_positive("teacher_temp", teacher_temp)
@@ -191,6 +194,8 @@ def head_cross_entropy(student_z, student_weight, teacher_z, teacher_weight, cen
     B = step = max(1, teacher_z.shape[1])
     if student_weight is not None:
         step = _images_at_a_time(B, student_z, teacher_z, len(center), fused, max_bytes)
+        # here, so that the sum of all parts of its gradient is rounded once
+        student_weight = student_weight.to(torch.promote_types(student_z[0].dtype, torch.float32))
     arguments = (matches, float(student_temp), float(teacher_temp),
                  teacher_z, teacher_weight, center.clone(),
                  student_weight, *student_z)
@@ -239,7 +244,7 @@ def _prepare(students, teacher, fused, skip_same_view,
             grids = (*_check_view("student", s_boxes, grid, Ns),
                      *_check_view("teacher", teacher_boxes, teacher_grid, Nt))
             if fused and hinge:
-                boxes = torch.cat([s_boxes, teacher_boxes]).double()
+                boxes = torch.cat([s_boxes.double(), teacher_boxes.double()])
                 boxes[..., :2] -= teacher_boxes[0, :, :2]               # far from the origin, float32 is too coarse
                 boxes = boxes.float().transpose(0, 1).contiguous()
             else:
@@ -368,7 +373,7 @@ def _torch_loss(images, matches, student_temp, teacher_temp, teacher_z, teacher_
         if head:
             p = p @ teacher_weight.to(dtype).T
         p = torch.softmax(p.sub_(center.to(dtype) / teacher_temp), dim=-1, out=p)           # (Q, b, Nt, K)
-    u = p @ student_weight.to(dtype) if head else p                                         # (Q, b, Nt, D or K)
+    u = p @ student_weight if head else p                                                   # (Q, b, Nt, D or K)
     Q, b, Nt, _ = u.shape
     u = F.pad(u.flatten(0, 2), (0, 0, 0, 1))                            # a row of zeros, for what is unmatched
     first_row = Nt * torch.arange(Q * b, device=u.device).view(Q, b, 1)
@@ -388,7 +393,7 @@ def _torch_loss(images, matches, student_temp, teacher_temp, teacher_z, teacher_
                 loss = loss + _CrossEntropy.apply(x, target.view(x.shape), total)[0]
     if head:
         x, target, total = map(torch.cat, zip(*parts))                  # few large matrix products
-        loss = (total * _LinearLogSumExp.apply(x, student_weight.to(dtype))[0]).sum() - (x * target).sum()
+        loss = (total * _LinearLogSumExp.apply(x, student_weight)[0]).sum() - (x * target).sum()
     return loss
 
 class _WithSaved(torch.autograd.Function):
@@ -465,7 +470,7 @@ if triton is not None:
         return top + tl.log2(tl.sum(total * tl.exp2(peak - top)))
 
     @triton.jit
-    def _start(BLOCK: tl.constexpr):
+    def _start(BLOCK):
         """The columns (G, 8) of the first tile, and a log-sum-exp of nothing."""
         # in this form, since Triton 3.6 does not see through a reshape that 8 elements lie side by side
         tile = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)
@@ -540,7 +545,7 @@ if triton is not None:
         P1 = P + row1 * K
         tile, peak, total = _start(BLOCK)
         mass = tl.zeros([BLOCK // 8, 8], tl.float32)
-        dot = tl.zeros_like(mass)
+        dot = mass
         for k in range(0, end, BLOCK):          # an unmatched row reads nothing
             cols = k + tile
             s = _load_tile(S, cols, end, float("-inf"))
@@ -578,7 +583,7 @@ class _TritonLoss(torch.autograd.Function):
         head = student_weight is not None
         K = len(center)
         needs_weight, *needs = (grad_enabled and x for x in ctx.needs_input_grad[8:])
-        logit_type, grad_type, grad_weight = teacher_z.dtype, None, None
+        logit_type, grad_weight = teacher_z.dtype, None
         if head:
             logit_type, grad_type = (torch.float16, torch.bfloat16) if teacher_z.is_cuda else (torch.float32,) * 2
             weight = student_weight.to(logit_type)
@@ -586,16 +591,16 @@ class _TritonLoss(torch.autograd.Function):
             weight_for_grad = student_weight.to(grad_type)
             grad_weight = torch.zeros_like(student_weight, dtype=torch.float32) if needs_weight else None
         unit = UNIT if logit_type.itemsize == 2 else 1
-        launch = LAUNCH | dict(UNIT=unit)
         grads = [torch.zeros_like(z, dtype=torch.float32) if head else None for z in students]
         ctx.scales = [1 / (match.rows * unit * student_temp) for match in matches]
         total = teacher_z.new_zeros((), dtype=torch.float32)
         for start in range(0, max(1, B), step):                         # no images: one round of no programs
             chunk = slice(start, start + step)
             t = teacher_z[:, chunk].to(logit_type).contiguous()         # contiguous: one large matrix product, not many
-            t = t @ teacher_weight.T if head else t
+            if head:
+                t = t @ teacher_weight.T
             p = t if head else torch.empty_like(t, dtype=torch.float16 if unit > 1 else torch.float32)
-            _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, **launch)
+            _teacher_kernel[(p[..., 0].numel(),)](t, center, p, K, LOG2_E / teacher_temp, UNIT=unit, **LAUNCH)
             for i, q in itertools.product(range(len(students)), range(0, Q, 2)):
                 z, match = students[i][:, chunk], matches[i]
                 ds = None
@@ -608,7 +613,7 @@ class _TritonLoss(torch.autograd.Function):
                     ds = s.view(grad_type) if head else torch.empty_like(s, dtype=ds_type)
                 loss = s.new_empty(s.shape[:3], dtype=torch.float32)
                 _student_kernel[(loss.numel(),)](s, p, loss, ds, *tables, q, len(s), Q, s.shape[1], K,
-                                                 LOG2_E / student_temp, match.skip, *match.grids, **launch)
+                                                 LOG2_E / student_temp, match.skip, *match.grids, UNIT=unit, **LAUNCH)
                 total += loss.sum() / match.rows
                 if needs_weight:
                     grad_weight.add_(ds.view(-1, K).T @ z.flatten(0, 2).to(grad_type), alpha=ctx.scales[i])
