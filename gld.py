@@ -381,7 +381,7 @@ def train(cfg):
         batch_center = all_mean(mean_logits(teacher_out))
         shared = share_values(image_loss, patch_loss, grad_norm, batch_center, problems, stop_requests)  # a number each
         next_batch, waited = load_batch(batches, device, cfg)       # while the GPU is busy; None after the last batch
-        values = StepValues(*shared.tolist())               # this waits for the GPU; of the center, it is the sum
+        values = dict(zip(STEP_VALUES, shared.tolist()))    # this waits for the GPU; of the center, it is the sum
         if log.diverged(values, step, lr, scaler):          # a NaN, or too many float16 overflows in a row
             return 1
 
@@ -404,10 +404,10 @@ def train(cfg):
             if cfg.eval_every and epoch_ended and (epoch + 1) % cfg.eval_every == 0:
                 record["knn"] = top1_of_20nn(teacher.backbone, labelled_images, cfg, device, rank, world)
             log.report(record, stop_at - done, epoch_ended or run_ended)
-        if values.stop or run_ended or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
+        if values["stop"] or run_ended or (epoch_ended and (epoch + 1) % cfg.save_every == 0):
             if not save(cfg, state, done):
                 return 1
-        if values.stop and not run_ended:
+        if values["stop"] and not run_ended:
             say(f"stopped on request: saved at step {done}; rerun the same command to resume")
             return STOPPED                                  # an exit code
         batch = next_batch
@@ -812,13 +812,15 @@ def load_images(data, split, fraction=1.0, must_split=False):
 
 def files_below(folder, ancestors=()):
     """Paths of all files below a folder. Names with a dot first are skipped. Links are followed, except to a folder
-    that they lie in. Raises OSError for a folder that cannot be listed."""
+    that they lie in. Raises OSError for a folder that cannot be listed, or a link to no file."""
     here = os.path.realpath(folder)
     if here in ancestors:
         return
     for entry in os.scandir(folder):
         if entry.name[0] == ".":
             continue
+        if not is_image(entry.path):
+            os.stat(entry.path)                             # a link that leads nowhere could be a class
         if os.path.isdir(entry.path):
             yield from files_below(entry.path, (*ancestors, here))
         else:
@@ -831,7 +833,7 @@ def load_folder(data, split, must_split):
     """`load_images` for a folder. The label of a file is the first folder of its path. Raises BadInput, also where it
     is not clear what the training images are."""
     root = Path(data)
-    if not root.is_dir():
+    if not os.path.isdir(data):                             # "" is none, though Path("") is
         problem = "not a folder (unpack archives first)" if root.exists() else "no such file or folder"
         raise BadInput(f"--data {data}: {problem}, and not {' or '.join(BUILT_IN_SETS)}")
     with blame(f"--data {data}"):
@@ -1009,7 +1011,7 @@ VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_emb
 def plain_keys(state):
     """Keys of torchvision's network without heads, from those of gld.py and of other people's checkpoints. Raises
     BadInput for networks that are like ours, but others."""
-    state = {re.sub(r"^(module\.|backbone\.|net\.|_orig_mod\.)+", "", key): x for key, x in state.items()}
+    state = {re.sub(r"^(module\.|backbone\.|net\.|_orig_mod\.)+|_orig_mod\.", "", key): x for key, x in state.items()}
     is_vit = "cls_token" in state
     if is_vit and "pos_embed" not in state:
         raise BadInput("a ViT without position embedding (DINOv3?) is no --arch of gld.py")
@@ -1019,7 +1021,7 @@ def plain_keys(state):
     for key in [key for key in state if key.endswith(("ls1.gamma", "ls2.gamma"))]:
         # DINOv2's LayerScale multiplies the output of a layer: the same as multiplying its weight and bias
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        gamma = state.pop(key)                                                  # (C,)
+        gamma = state.pop(key).float()                                          # (C,)
         state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
         state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
     out = {}
@@ -1037,7 +1039,7 @@ def plain_keys(state):
 
 def guess_arch(state):
     """(arch, patch size, image size) of plain keys. Raises BadInput if they belong to no network of gld.py."""
-    patch, image_size, width = 16, 224, None
+    patch, image_size = 16, 224
     if "conv_proj.weight" in state and "encoder.pos_embedding" in state:
         width, _, _, patch = state["conv_proj.weight"].shape
         image_size = patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
@@ -1110,8 +1112,9 @@ def save(cfg, state, step):
         content = {name: part if name == "centers" else part.state_dict() for name, part in state.items()}
         content |= dict(step=step, options=vars(cfg))
         backbone = {name: x.cpu() for name, x in state["teacher"].backbone.net.state_dict().items()}
-        write_file(Path(cfg.output, "checkpoint.pt"), content)
+        # in this order: if it ends in between, the rerun does these steps again, and writes both
         write_file(Path(cfg.output, "backbone.pt"), backbone)
+        write_file(Path(cfg.output, "checkpoint.pt"), content)
 
     problem = on_first_process(write)
     if problem:
@@ -1273,17 +1276,18 @@ class Log:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput("another run writes to it") from None
+            raise BadInput("another run writes to it")
         except OSError:
             pass                                            # a file system without locks
 
     def drop_after(self, step):
-        """Drop the records of steps that are done again, and a line that a kill cut short."""
+        """Drop the records of steps that are done again, and all from a damaged line on (cut by a kill, say)."""
         def drop():
             self.file.seek(0)
             size = 0
             for line in self.file:
-                if line[-1:] != b"\n" or json.loads(line)["step"] > step:
+                record = re.match(rb'{.*"step": (\d+).*}\n', line)
+                if not record or int(record[1]) > step:
                     break
                 size += len(line)
             self.file.truncate(size)
@@ -1292,25 +1296,24 @@ class Log:
 
     def diverged(self, values, step, lr, scaler):
         """True, after a line that says why, if a loss, the teacher's output or a gradient is NaN or infinite. A float16
-        gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row: the scaler skips such a step."""
-        numbers = values
+        gradient may overflow, but not in more than MAX_OVERFLOWS steps in a row: the scaler skips such a step, and its
+        norm becomes 0 here."""
         self.overflows += 1
-        if math.isfinite(values.grad_norm) or not scaler.is_enabled():
+        if math.isfinite(values["grad_norm"]) or not scaler.is_enabled():
             self.overflows = 0
         elif self.overflows <= MAX_OVERFLOWS:
-            numbers = values._replace(grad_norm=0.0)
-        if all(map(math.isfinite, numbers)):
+            values["grad_norm"] = 0.0
+        if all(map(math.isfinite, values.values())):
             return False
-        say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values.loss_image:.3g}, patch loss "
-            f"{values.loss_patch:.3g}, teacher {values.center_sum:.3g}, gradient {values.grad_norm:.3g}; the last "
-            "checkpoint is unchanged; a lower --lr may help", sys.stderr)
+        say(f"gld.py: stopped at step {step}, lr {lr:.3g}: image loss {values['loss_image']:.3g}, patch loss "
+            f"{values['loss_patch']:.3g}, teacher {values['center_sum']:.3g}, gradient {values['grad_norm']:.3g}; the "
+            "last checkpoint is unchanged; a lower --lr may help", sys.stderr)
         return True
 
     def add(self, values, problems, seconds, waited, images_per_epoch):
-        """Count one step: its `StepValues`, its seconds, and how many of them it waited for the DataLoader. Name each
+        """Count one step: its STEP_VALUES, its seconds, and how many of them it waited for the DataLoader. Name each
         image that could not be read once. Raises BadInput if they are more than 1 % of an epoch."""
-        grad_norm = 0.0 if self.overflows else values.grad_norm
-        self.sums.update(values._replace(grad_norm=grad_norm)._asdict(), steps=1, seconds=seconds, waiting=waited)
+        self.sums.update(values, steps=1, seconds=seconds, waiting=waited)
         for problem in set(problems) - self.named:
             say(f"cannot be read, replaced by another image: {problem}", everywhere=True)
         self.named.update(problems)
@@ -1431,17 +1434,18 @@ def prepare(cfg, student, teacher, world):
             network.compile()
     return nn.parallel.DistributedDataParallel(student) if world > 1 else student
 
-class StepValues(NamedTuple):
-    """What all processes know of a step: means over them and, of the last two, sums."""
-    loss_image: float
-    loss_patch: float
-    grad_norm: float
-    center_sum: float                   # of the mean logits of the teacher: NaN if one of them is
-    unreadable: float                   # images that could not be read
-    stop: float                         # signals that ask to stop
+# what all processes know of a step: means over them and, of the last two, sums
+STEP_VALUES = (
+    "loss_image",
+    "loss_patch",
+    "grad_norm",
+    "center_sum",                       # of the mean logits of the teacher: NaN if one of them is
+    "unreadable",                       # images that could not be read
+    "stop",                             # signals that ask to stop
+)
 
 def share_values(loss_image, loss_patch, grad_norm, batch_center, problems, stop_requests):
-    """The numbers of `StepValues` as a tensor. This does not wait for the GPU; its tolist() does."""
+    """The numbers named in STEP_VALUES, as a tensor. This does not wait for the GPU; its tolist() does."""
     counts = [grad_norm.new_full((), len(x) * process_numbers()[1]) for x in (problems, stop_requests)]
     return all_mean(torch.stack([loss_image.detach(), loss_patch.detach(), grad_norm, batch_center.sum(), *counts]))
 
@@ -1454,8 +1458,8 @@ def catch_signals(world):
         received.append(number)
         if world == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with contextlib.suppress(OSError):              # print is not safe in a signal handler
-                os.write(2, b"stopping after this step; Ctrl-C again quits now\n")
+            with contextlib.suppress(Exception):            # print is not safe in a signal handler
+                os.write(sys.stderr.fileno(), b"stopping after this step; Ctrl-C again quits now\n")
 
     signal.signal(signal.SIGTERM, request)
     signal.signal(signal.SIGINT, request)

@@ -1394,6 +1394,9 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
     assert dict(zip(map(os.fsdecode, images.items), images.labels.tolist())) == used
     assert images.items.dtype.kind == "S"               # one array: each worker would copy a million Python strings
     assert training_images(tmp_path / "set/a/deep").labels.tolist() == [0]
+    (tmp_path / "set/lost").symlink_to("nowhere")       # a class?
+    with pytest.raises(gld.BadInput, match="lost"):
+        training_images(tmp_path / "set")
 
 def test_a_folder_that_cannot_be_listed_is_named():
     user = os.geteuid()
@@ -1843,6 +1846,8 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
         process.wait()                  # the worker may live on for some seconds: the next run starts all the same
         process.stdout.close()
         (parts / "checkpoint.tmp").write_bytes(b"half of a checkpoint")         # as if killed while it wrote
+        with open(parts / "log.jsonl", "a") as log:
+            log.write("{")
     train_ok(f"{options} parts", tmp_path)
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(parts))
     assert {file.name for file in parts.iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
