@@ -1393,7 +1393,6 @@ def test_folders_their_classes_and_what_is_skipped(tmp_path):
         used["d/6.avif"] = 3
     assert dict(zip(map(os.fsdecode, images.items), images.labels.tolist())) == used
     assert images.items.dtype.kind == "S"               # one array: each worker would copy a million Python strings
-    assert training_images(tmp_path / "set/a/deep").labels.tolist() == [0]
     (tmp_path / "set/lost").symlink_to("nowhere")       # a class?
     with pytest.raises(gld.BadInput, match="lost"):
         training_images(tmp_path / "set")
@@ -1847,7 +1846,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path):
         process.stdout.close()
         (parts / "checkpoint.tmp").write_bytes(b"half of a checkpoint")         # as if killed while it wrote
         with open(parts / "log.jsonl", "a") as log:
-            log.write("{")
+            log.write("{\n")
     train_ok(f"{options} parts", tmp_path)
     same_weights(checkpoint(tmp_path / "whole"), checkpoint(parts))
     assert {file.name for file in parts.iterdir()} == {"backbone.pt", "checkpoint.pt", "log.jsonl"}
