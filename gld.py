@@ -750,6 +750,7 @@ class Backbone(nn.Module):
 SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .ppm .pgm .tif .tiff".split()
 IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix in Image.registered_extensions())
 SPLITS = {"train", "val", "valid", "validation", "test"}                # names of folders that are no classes
+
 def decode(path):
     """An image file -> (3, height, width) uint8 RGB, turned as its EXIF says. 16-bit pixels are divided by 257. Raises
     OSError and others."""
@@ -819,9 +820,10 @@ def files_below(folder, ancestors=()):
     for entry in os.scandir(folder):
         if entry.name[0] == ".":
             continue
-        if not is_image(entry.path):
-            os.stat(entry.path)                             # a link that leads nowhere could be a class
-        if os.path.isdir(entry.path):
+        link = entry.is_symlink()                           # only links need a look at the disk
+        if link and not is_image(entry.path):
+            os.stat(entry.path)                             # raises OSError: what leads nowhere could be a class
+        if os.path.isdir(entry.path) if link else entry.is_dir():
             yield from files_below(entry.path, (*ancestors, here))
         else:
             yield entry.path
@@ -839,9 +841,9 @@ def load_folder(data, split, must_split):
     with blame(f"--data {data}"):
         if (root / split).is_dir():
             if split == "train" and not (root / "val").is_dir():
-                found = (os.path.relpath(path, root) for path in files_below(root) if is_image(path))
-                for folder in {os.path.dirname(path).split("/")[0] for path in found} - SPLITS - {""}:
-                    raise BadInput(f"is train/ a class, as {folder}/ is? Rename it, or give {root / split}")
+                for other in root.glob("[!.]*"):
+                    if not other.is_file() and other.name not in SPLITS and any(map(is_image, files_below(other))):
+                        raise BadInput(f"is train/ a class, as {other.name}/ is? Rename it, or give {root / split}")
             root = root / split
         elif must_split:
             raise BadInput(f"must hold train/ and val/, or be one of {', '.join(BUILT_IN_SETS)}")
@@ -912,13 +914,14 @@ class ViewDataset(Dataset):
         seed = draw_seed(self.cfg.seed, epoch, i)
         others = default_rng(seed).integers(len(self.images), size=20)
         problem = ""
-        image = torch.zeros(3, 64, 64, dtype=torch.uint8)   # the last resort
         for attempt in (i, *others):
             try:
                 image = self.images.read(attempt)
                 break
             except Exception as error:                      # decoders raise all kinds of errors for broken files
                 problem = problem or f"{self.images.path(i)}: {one_line(error)}"
+        else:
+            image = torch.zeros(3, 64, 64, dtype=torch.uint8)               # the last resort
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)       # torch.manual_seed would seed a GPU, too
             return crop_views(image, self.cfg), problem
@@ -936,7 +939,7 @@ def make_loader(images, cfg, rank, world, steps, steps_per_epoch):
             yield [(epoch, i) for i in order[first:first + share].tolist()]
 
     return DataLoader(ViewDataset(images, cfg), batch_sampler=keys(), num_workers=cfg.workers,
-                                       pin_memory=cfg.device == "cuda", worker_init_fn=leave_process_group)
+                      pin_memory=cfg.device == "cuda", worker_init_fn=leave_process_group)
 
 def load_batch(batches, device, cfg):
     """Returns: the next batch on the device, None after the last one; the seconds that it waited for the DataLoader.
@@ -1008,6 +1011,7 @@ VIT_KEYS = MLP_KEYS | {"cls_token": "class_token", "pos_embed": "encoder.pos_emb
                        "norm1": "ln_1", "norm2": "ln_2", "patch_embed.proj": "conv_proj",
                        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
                        "blocks.": "encoder.layers.encoder_layer_"}
+
 def plain_keys(state):
     """Keys of torchvision's network without heads, from those of gld.py and of other people's checkpoints. Raises
     BadInput for networks that are like ours, but others."""
@@ -1154,9 +1158,8 @@ def extract(network, images, size, cfg, device, rank, world):
     """Features (n, C) float16, unit length, of all images, on every process; `network`: (M, 3, S, S) -> (M, C)."""
     share = math.ceil(len(images) / world)
     mine = [i % len(images) for i in range(rank * share, (rank + 1) * share)]   # as many in all processes
-    loader = DataLoader(mine, cfg.batch_size, num_workers=cfg.workers,
-                                         worker_init_fn=leave_process_group,
-                                         collate_fn=partial(center_crops, images, size))
+    loader = DataLoader(mine, cfg.batch_size, num_workers=cfg.workers, worker_init_fn=leave_process_group,
+                        collate_fn=partial(center_crops, images, size))
     rows = []
     for x in loader:
         if isinstance(x, str):
